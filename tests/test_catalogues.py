@@ -1,0 +1,58 @@
+"""Catalogues: magnitudes against GalSim's chromatic galaxies, disjoint splits."""
+
+import galsim
+import numpy as np
+import pytest
+
+import deblender
+from deblender.catalogues import LIMITING_MAGNITUDE, _bandpass
+
+
+def test_splits_are_disjoint_and_bright_enough(synthetic):
+    lsst = deblender.survey("lsst")
+    r_mag = synthetic.magnitudes(lsst)[:, lsst.index("r")]
+    parts = {name: synthetic.split(name) for name in ("train", "validation", "test")}
+    joined = np.concatenate(list(parts.values()))
+    assert len(np.unique(joined)) == len(joined)
+    assert set(joined) == set(np.flatnonzero(r_mag < LIMITING_MAGNITUDE))
+    assert 4900 < len(parts["test"]) <= 5000 < len(parts["validation"])
+
+
+def test_magnitudes_are_those_of_the_chromatic_galaxy(synthetic):
+    # GalSim's are per HST area, the same offset in every band: compare colours.
+    survey = deblender.survey("lsst+euclid")
+    ours = synthetic.magnitudes(survey)
+    both = np.flatnonzero(synthetic.source.param_cat["use_bulgefit"])
+    for index in [0, 1, 2, both[0], both[1]]:
+        galaxy = synthetic.source.makeGalaxy(int(index), chromatic=True)
+        detection = galaxy.calculateMagnitude(_bandpass("F814W"))
+        for name in ("g", "r", "VIS", "H"):
+            column = survey.index(name)
+            band = _bandpass(survey.bands[column].passband)
+            theirs = galaxy.calculateMagnitude(band) - detection
+            colour = ours[index, column] - synthetic.f814w[index]
+            assert colour == pytest.approx(theirs, abs=0.03), (index, name)
+
+
+def test_profile_has_unit_flux(synthetic):
+    assert synthetic.profile(3).flux == pytest.approx(1)
+
+
+def test_real_rows_are_read(cosmos_folder):
+    fits = deblender.catalogue(cosmos_folder)
+    stamps = deblender.catalogue(cosmos_folder, real=True)
+    assert len(fits) == len(stamps) == 60
+    assert isinstance(stamps.profile(0), galsim.RealGalaxy)
+    assert stamps.profile(0).flux == pytest.approx(1)
+    assert np.isfinite(stamps.magnitudes(deblender.survey("lsst"))).all()
+
+
+def test_missing_catalogue_says_how_to_get_it(tmp_path):
+    with pytest.raises(ValueError, match="galsim_download_cosmos"):
+        deblender.catalogue(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_split_is_refused(synthetic):
+    with pytest.raises(ValueError, match="unknown split 'dev'; accepted: train"):
+        synthetic.split("dev")
