@@ -1,0 +1,45 @@
+"""The normalisation of images, eq. 4 of Arcelin et al. 2021, and its inverse."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .simulation import Scenes
+
+BETA = 2.5  # section 2.3
+# The inverse diverges at one; float32 has no number between this and one.
+LARGEST = np.float32(1 - 2**-24)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """x -> tanh(arcsinh(beta x / scale)), band by band.
+
+    `scale` (band,) in electrons is the mean over the isolated training sample of each
+    band's largest pixel. Arcelin et al. 2021, eq. 4.
+    """
+
+    scale: np.ndarray
+    beta: float = BETA
+
+    def forward(self, images: np.ndarray) -> np.ndarray:
+        """Electrons (..., band) to normalised pixels in (-1, 1), float32."""
+        u = np.asarray(images, np.float32) * (self.beta / self.scale).astype(np.float32)
+        return u / np.sqrt(1 + u * u)  # tanh(arcsinh(u)), without either
+
+    def inverse(self, normalised: np.ndarray) -> np.ndarray:
+        """Normalised pixels (..., band) to electrons, float32; one is clipped below."""
+        y = np.clip(np.asarray(normalised, np.float32), -LARGEST, LARGEST)
+        u = y / np.sqrt((1 - y) * (1 + y))
+        return u * (self.scale / self.beta).astype(np.float32)
+
+
+def fit_normalisation(scenes: Scenes, beta: float = BETA) -> Normalisation:
+    """Constants of eq. 4 from noisy isolated training scenes.
+
+    Mean over scenes of the largest pixel of each band, in electrons. The noise of the
+    background adds to these maxima in bands where galaxies are faint; the constant
+    only sets where the scale turns from linear to saturated.
+    """
+    peaks = [batch.noisy.max(axis=(1, 2)) for batch in scenes.batches()]
+    return Normalisation(np.concatenate(peaks).mean(axis=0).astype(np.float64), beta)

@@ -1,0 +1,557 @@
+"""Isolated and blended scenes drawn with GalSim (section 2 of Arcelin et al. 2021).
+
+All bands of an instrument share pixel scale and PSF, and a galaxy has no colour
+gradient, so each galaxy is drawn once per instrument with unit flux. What is stored is
+those stamps and the fluxes; bands and noise are composed from them when asked for.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import astropy.units as u
+import galsim
+import numpy as np
+from astropy.table import Table
+from joblib import Parallel, cpu_count, delayed
+from photutils.centroids import centroid_com
+from photutils.detection import find_peaks
+from photutils.utils.exceptions import NoDetectionsWarning
+from scipy import stats
+from tqdm import tqdm
+
+from .catalogues import GSPARAMS, SPLITS, Catalogue, cache_folder, catalogue
+from .measurement import b_closest, b_total, measure, signal_to_noise
+from .surveys import STAMP_SIZE, Instrument, Survey, survey
+
+CENTRINGS = ("exact", "pixel", "peak")
+ANNULUS = (0.325, 2.0)  # arcsec from the target to its neighbours (section 2.1.3)
+PIXEL_SQUARE = 0.2  # arcsec, side of the square of the pixel centring (section 2.1.4)
+DETECTION_SIZE, DETECTION_SIGMA = 128, 5.0
+MATCH_RADIUS = 1.0  # arcsec; a peak farther from every galaxy is one of the noise
+MAX_TRIES = 1000  # scenes drawn before giving up on one with a detected peak
+CHUNK = 100  # scenes a task draws and writes at a time
+# Unit-flux pixels times this fit the range of float16: relative error below 5e-4.
+STAMP_SCALE = 1024.0
+FORMAT = 1  # of what is cached; raise it when the same call would draw other bits
+
+
+@dataclass
+class Scenes:
+    """Simulated scenes: unit-flux stamps and fluxes, composed into images on demand.
+
+    `stamps` maps an instrument to float16 (galaxy, y, x), in units of 1/STAMP_SCALE;
+    `flux` is float32 (galaxy, band) in electrons; the rows of scene i are
+    `first[i]:first[i + 1]`, its target first. `truth` is an astropy Table, one row a
+    scene; `noise_key` seeds the noise of each scene.
+    """
+
+    survey: Survey
+    stamps: dict[str, np.ndarray]
+    flux: np.ndarray
+    first: np.ndarray
+    truth: Table
+    noise_key: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Number of galaxies of each scene."""  # (scene,)
+        return np.diff(self.first)
+
+    def compose(self, rows: np.ndarray) -> np.ndarray:
+        """Noiseless images of single galaxies, float32 electrons.
+
+        `rows` are numbers of galaxies; a row of -1 gives an empty image.
+        """
+        images = np.zeros((len(rows), *self.survey.shape), dtype=np.float32)
+        used = np.flatnonzero(rows >= 0)
+        for k, instrument in enumerate(self.survey.instruments):
+            bands = np.flatnonzero(self.survey.instrument_of_band == k)
+            unit = self.stamps[instrument.name][rows[used]].astype(np.float32)
+            flux = self.flux[rows[used]][:, bands] / np.float32(STAMP_SCALE)
+            images[np.ix_(used, range(STAMP_SIZE), range(STAMP_SIZE), bands)] = (
+                unit[..., None] * flux[:, None, None, :]
+            )
+        return images  # (row, y, x, band)
+
+    def neighbour_rows(self, slot: int) -> np.ndarray:
+        """Rows of the galaxies in a slot (1 to 3) of every scene, -1 where none."""
+        rows = self.first[:-1] + slot
+        return np.where(slot < self.counts, rows, -1)  # (scene,)
+
+    @property
+    def target_positions(self) -> np.ndarray:
+        """Where the targets are, arcsec from the stamp centre."""  # (scene, xy)
+        return np.stack([self.truth["dx"], self.truth["dy"]], axis=-1)
+
+    @property
+    def neighbour_positions(self) -> np.ndarray:
+        """Where the neighbours are, arcsec; NaN where none."""  # (scene, slot, xy)
+        x, y = self.truth["neighbour_dx"], self.truth["neighbour_dy"]
+        return np.stack([x, y], axis=-1)
+
+    @cached_property
+    def target(self) -> np.ndarray:
+        """Noiseless images of the target alone, electrons, float32."""
+        return self.compose(self.first[:-1])  # (scene, y, x, band)
+
+    @cached_property
+    def blend(self) -> np.ndarray:
+        """Noiseless images of all galaxies, electrons, float32."""
+        images = self.target.copy()  # (scene, y, x, band)
+        for slot in range(1, int(self.counts.max(initial=1))):
+            images += self.compose(self.neighbour_rows(slot))
+        return images
+
+    @cached_property
+    def noisy(self) -> np.ndarray:
+        """Blends with the Poisson noise of sky and sources, mean sky subtracted."""
+        images = np.empty_like(self.blend)  # (scene, y, x, band)
+        for i, (scene, blend) in enumerate(
+            zip(self.truth["scene"], self.blend, strict=True)
+        ):
+            rng = np.random.default_rng([*self.noise_key, int(scene)])
+            images[i] = add_noise(blend, self.survey.sky, rng)
+        return images
+
+    def take(self, indices: np.ndarray) -> "Scenes":
+        """The scenes of these indices, with the noise that they have here."""
+        indices = np.arange(len(self))[indices]
+        counts = self.counts[indices]
+        starts = np.repeat(self.first[:-1][indices], counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = starts + within
+        return replace(
+            self,
+            stamps={name: stamps[rows] for name, stamps in self.stamps.items()},
+            flux=self.flux[rows],
+            first=np.concatenate([[0], np.cumsum(counts)]),
+            truth=self.truth[indices],
+        )
+
+    def restrict(self, survey: Survey) -> "Scenes":
+        """The same scenes seen by fewer bands, with noise of their own."""
+        bands = [self.survey.index(name) for name in survey.band_names]
+        names = {instrument.name for instrument in survey.instruments}
+        stamps = {k: v for k, v in self.stamps.items() if k in names}
+        return replace(self, survey=survey, stamps=stamps, flux=self.flux[:, bands])
+
+    def batches(self, size: int = 250) -> Iterator["Scenes"]:
+        """The same scenes, a few at a time, for machines with little memory."""
+        for start in range(0, len(self), size):
+            yield self.take(np.arange(start, min(start + size, len(self))))
+
+
+def add_noise(
+    images: np.ndarray, sky: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Poisson noise of sky plus sources, the mean sky then subtracted.
+
+    `images` (..., band) and `sky` (band,) in electrons per pixel. Section 2.1.1.
+    """
+    mean = np.maximum(images + sky, 0)  # Fourier ringing may dip below zero
+    return rng.poisson(mean).astype(np.float32) - sky.astype(np.float32)
+
+
+def simulate(
+    catalogue: Catalogue,
+    survey: Survey,
+    n_scenes: int,
+    max_galaxies: int = 4,
+    centring: str = "exact",
+    seed: int = 1,
+    split: str = "test",
+    shear: tuple[float, float] = (0.0, 0.0),
+    processes: int | None = None,
+) -> Scenes:
+    """Draw scenes of 1 to `max_galaxies` galaxies around a target (section 2.1).
+
+    `max_galaxies=1` gives isolated galaxies. `centring` is `"exact"`, `"pixel"`
+    (uniform in a 0.2" square) or `"peak"` (brightest photutils peak in r, section
+    2.1.4). `split` names the galaxies that may serve. `shear` (g1, g2) shears every
+    profile about its own centre. Scenes are drawn on all cores (or `processes`), kept
+    in `cache_folder()` and resumed after an interruption; a seed gives the same bits
+    whatever the number of processes.
+
+    Raises ValueError for an unknown centring or split, a number of scenes or galaxies
+    below one, or a shear of one or more.
+    """
+    _check(n_scenes, max_galaxies, centring, split, shear)
+    task = _Task(
+        catalogue=(catalogue.name, catalogue.real, catalogue.digest),
+        survey=survey.name,
+        n_scenes=int(n_scenes),
+        max_galaxies=int(max_galaxies),
+        centring=centring,
+        seed=int(seed),
+        split=split,
+        shear=(float(shear[0]), float(shear[1])),
+        offsets=_offsets(catalogue, max_galaxies, centring),
+    )
+    folder = cache_folder() / "scenes" / task.key
+    if not folder.is_dir():
+        _draw_all(task, folder, processes)
+    return _open(folder, survey, task)
+
+
+def _check(
+    n_scenes: int, max_galaxies: int, centring: str, split: str, shear: tuple
+) -> None:
+    if centring not in CENTRINGS:
+        raise ValueError(
+            f"unknown centring {centring!r}; accepted: {', '.join(CENTRINGS)}"
+        )
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; accepted: {', '.join(SPLITS)}")
+    if n_scenes < 1 or max_galaxies < 1:
+        raise ValueError(
+            f"received n_scenes={n_scenes}, max_galaxies={max_galaxies}; accepted: 1 "
+            "or more of each"
+        )
+    if np.hypot(*shear) >= 1:
+        raise ValueError(f"received shear={shear}; accepted: |g| < 1")
+
+
+def _offsets(
+    catalogue: Catalogue, max_galaxies: int, centring: str
+) -> tuple[float, ...] | None:
+    if centring == "peak" and max_galaxies == 1:
+        return centring_offsets(catalogue)
+    return None
+
+
+def centring_offsets(catalogue: Catalogue, n_scenes: int = 1000) -> tuple[float, ...]:
+    """Beta prime distribution of the centring error of peak-centred blends.
+
+    Returns (a, b, loc, scale) of `scipy.stats.betaprime`, in arcsec, fitted to blends
+    of the training galaxies. Section 2.1.4.
+    """
+    blends = simulate(
+        catalogue, survey("lsst"), n_scenes, 4, "peak", seed=0, split="train"
+    )
+    distance = np.hypot(blends.truth["dx"], blends.truth["dy"])
+    return tuple(map(float, stats.betaprime.fit(distance, floc=0)))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """All that decides the bits of a set of scenes."""
+
+    catalogue: tuple[str, bool, str]
+    survey: str
+    n_scenes: int
+    max_galaxies: int
+    centring: str
+    seed: int
+    split: str
+    shear: tuple[float, float]
+    offsets: tuple[float, ...] | None
+
+    @property
+    def key(self) -> str:
+        """Name of the folder that keeps these scenes."""
+        content = asdict(self) | {"format": FORMAT, "galsim": galsim.__version__}
+        content["catalogue"] = self.catalogue[1:]  # the content, wherever it lies
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    @property
+    def entropy(self) -> tuple[int, int, int]:
+        return (self.seed, SPLITS.index(self.split), CENTRINGS.index(self.centring))
+
+    def counts(self) -> np.ndarray:
+        """Galaxies of each scene, uniform from 1 to the maximum (section 2.1.3)."""
+        rng = np.random.default_rng(self.entropy)
+        return rng.integers(1, self.max_galaxies + 1, self.n_scenes)
+
+    def rng(self, scene: int) -> np.random.Generator:
+        """One generator a scene: its draws depend on nothing drawn before."""
+        return np.random.default_rng([*self.entropy, scene])
+
+
+@dataclass
+class _Scene:
+    """Where each galaxy of a scene goes; the target is the first."""
+
+    rows: np.ndarray  # (galaxy,) in the catalogue
+    angles: np.ndarray  # (galaxy,) radians
+    dx: np.ndarray  # (galaxy,) arcsec from the stamp centre
+    dy: np.ndarray
+
+
+@lru_cache(maxsize=2)
+def _read_again(name: str, real: bool, digest: str) -> Catalogue:
+    """The catalogue of a task, read once in each process."""
+    found = catalogue(name, real)
+    if found.digest != digest:
+        raise ValueError(f"catalogue {name!r} changed since it was read")
+    return found
+
+
+class _Painter:
+    """Draws scenes of a task; one lives in each process."""
+
+    def __init__(self, task: _Task) -> None:
+        self.task = task
+        self.catalogue = _read_again(*task.catalogue)
+        self.survey = survey(task.survey)
+        self.magnitudes = self.catalogue.magnitudes(self.survey)  # (galaxy, band)
+        self.split = self.catalogue.split(task.split)
+        self.psfs = {i: i.psf.withGSParams(GSPARAMS) for i in self.survey.instruments}
+
+    def arrange(self, scene: int, count: int) -> _Scene:
+        """Draw galaxies, rotations and positions of one scene."""
+        rng = self.task.rng(scene)
+        for _ in range(MAX_TRIES):
+            placed = self._place(rng, count)
+            if self.task.centring != "peak" or count == self.task.max_galaxies == 1:
+                return placed
+            peak = self._brightest_peak(placed, rng)
+            if peak is not None:
+                recentred = self._recentre(placed, *peak)
+                if np.hypot(recentred.dx[0], recentred.dy[0]) < MATCH_RADIUS:
+                    return recentred
+        raise ValueError(
+            f"centring 'peak' found no {DETECTION_SIGMA:g}-sigma peak in {MAX_TRIES} "
+            f"draws of scene {scene}; accepted: catalogues with brighter galaxies"
+        )
+
+    def _place(self, rng: np.random.Generator, count: int) -> _Scene:
+        rows = rng.choice(self.split, size=count, replace=count > len(self.split))
+        r_mag = self.magnitudes[rows, self.survey.index("r")]
+        rows = rows[np.argsort(r_mag, kind="stable")]  # the brightest is the target
+        angles = rng.uniform(0, 2 * np.pi, count)
+        inner, outer = np.square(ANNULUS)
+        radius = np.sqrt(rng.uniform(inner, outer, count))  # uniform in area
+        direction = rng.uniform(0, 2 * np.pi, count)
+        radius[0] = 0
+        shift = rng.uniform(-0.5, 0.5, 2) * PIXEL_SQUARE
+        shift = shift * (self.task.centring != "exact")
+        if self.task.offsets:
+            error = stats.betaprime.rvs(*self.task.offsets, random_state=rng)
+            angle = rng.uniform(0, 2 * np.pi)
+            shift = shift + error * np.array([np.cos(angle), np.sin(angle)])
+        dx = radius * np.cos(direction) + shift[0]
+        dy = radius * np.sin(direction) + shift[1]
+        return _Scene(rows, angles, dx, dy)
+
+    def _brightest_peak(
+        self, scene: _Scene, rng: np.random.Generator
+    ) -> tuple[float, float] | None:
+        """Pixel intersection nearest to the brightest 5-sigma peak in r, arcsec."""
+        band = self.survey.reference
+        unit = self._draw(scene, band.instrument, DETECTION_SIZE)
+        flux = band.electrons(self.magnitudes[scene.rows, self.survey.index(band.name)])
+        image = np.tensordot(flux, unit, axes=1)  # (y, x)
+        noisy = rng.poisson(np.maximum(image, 0) + band.sky_electrons)
+        noisy = noisy - band.sky_electrons
+        threshold = DETECTION_SIGMA * np.sqrt(band.sky_electrons)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoDetectionsWarning)  # we draw again
+            peaks = find_peaks(
+                noisy, threshold, box_size=3, n_peaks=1, centroid_func=centroid_com
+            )
+        if peaks is None:
+            return None
+        centroid = np.array([peaks["x_centroid"][0], peaks["y_centroid"][0]])
+        corner = np.floor(centroid) + 0.5 - (DETECTION_SIZE - 1) / 2
+        return tuple(corner * band.instrument.pixel_scale)
+
+    def _recentre(self, scene: _Scene, x: float, y: float) -> _Scene:
+        """Move the stamp to (x, y) arcsec; the target is the galaxy nearest to it."""
+        dx, dy = scene.dx - x, scene.dy - y
+        target = np.argmin(np.hypot(dx, dy))
+        order = np.concatenate([[target], np.delete(np.arange(len(dx)), target)])
+        return _Scene(scene.rows[order], scene.angles[order], dx[order], dy[order])
+
+    def _draw(self, scene: _Scene, instrument: Instrument, size: int) -> np.ndarray:
+        """Unit-flux images of the galaxies of a scene through one instrument."""
+        stamps = np.empty((len(scene.rows), size, size), dtype=np.float32)
+        for k, row in enumerate(scene.rows):
+            profile = self.catalogue.profile(row).rotate(
+                scene.angles[k] * galsim.radians
+            )
+            profile = profile.shear(g1=self.task.shear[0], g2=self.task.shear[1])
+            profile = profile.shift(scene.dx[k], scene.dy[k])
+            image = galsim.Image(stamps[k], scale=instrument.pixel_scale)
+            galsim.Convolve(profile, self.psfs[instrument]).drawImage(image)
+        return stamps  # (galaxy, y, x)
+
+    def paint(self, start: int, counts: np.ndarray) -> tuple[dict, np.ndarray, Table]:
+        """Stamps (float16, per instrument), fluxes and truth of consecutive scenes."""
+        scenes = [self.arrange(start + i, int(n)) for i, n in enumerate(counts)]
+        stamps = {}
+        for instrument in self.survey.instruments:
+            unit = [self._draw(s, instrument, STAMP_SIZE) for s in scenes]
+            stamps[instrument.name] = (np.concatenate(unit) * STAMP_SCALE).astype(
+                np.float16
+            )
+        rows = np.concatenate([s.rows for s in scenes])
+        flux = np.stack(
+            [
+                b.electrons(m)
+                for b, m in zip(self.survey.bands, self.magnitudes[rows].T, strict=True)
+            ],
+            axis=1,
+        ).astype(np.float32)
+        return stamps, flux, self._truth(start, scenes, counts, stamps, flux)
+
+    def _truth(
+        self,
+        start: int,
+        scenes: list[_Scene],
+        counts: np.ndarray,
+        stamps: dict[str, np.ndarray],
+        flux: np.ndarray,
+    ) -> Table:
+        band, width = self.survey.index("r"), max(self.task.max_galaxies - 1, 1)
+        targets = np.array([s.rows[0] for s in scenes])
+        table = Table({"scene": np.arange(start, start + len(scenes))})
+        table["galaxy_id"] = targets
+        table["r_mag"] = self.magnitudes[targets, band]
+        table["z"] = self.catalogue.redshift[targets]
+        table["n_galaxies"] = counts
+        table["dx"] = [s.dx[0] for s in scenes]
+        table["dy"] = [s.dy[0] for s in scenes]
+        table["neighbour_id"] = _padded([s.rows[1:] for s in scenes], width, -1)
+        table["neighbour_dx"] = _padded([s.dx[1:] for s in scenes], width, np.nan)
+        table["neighbour_dy"] = _padded([s.dy[1:] for s in scenes], width, np.nan)
+        closest = np.array([_closest(s) for s in scenes])
+        nearest = np.array([s.rows[k] for s, k in zip(scenes, closest, strict=True)])
+        dmag = self.magnitudes[nearest, band] - table["r_mag"]
+        table["dmag"] = np.where(closest > 0, dmag, np.nan)
+        first = np.concatenate([[0], np.cumsum(counts)])
+        _measure_truth(Scenes(self.survey, stamps, flux, first, table, ()), closest)
+        return table
+
+
+def _measure_truth(scenes: Scenes, closest: np.ndarray) -> None:
+    """Add what is measured on noiseless images: shape, SNR and blendedness."""
+    band, table = scenes.survey.index("r"), scenes.truth
+    target = scenes.target[..., band].astype(float)  # (scene, y, x)
+    table["snr"] = signal_to_noise(target, float(scenes.survey.sky[band]))
+    shapes = measure(scenes.target, scenes.survey)
+    table["e1"], table["e2"] = shapes["e1"], shapes["e2"]
+    blended = closest > 0
+    rows = np.where(blended, scenes.first[:-1] + closest, -1)
+    neighbour = scenes.compose(rows)[blended][..., band].astype(float)
+    table["b_closest"] = np.zeros(len(table))
+    table["b_closest"][blended] = b_closest(target[blended], neighbour)
+    table["b_total"] = b_total(target, scenes.blend[..., band].astype(float))
+
+
+def _closest(scene: _Scene) -> int:
+    """Number of the neighbour nearest to the target, 0 when there is none."""
+    if len(scene.rows) == 1:
+        return 0
+    distance = np.hypot(scene.dx[1:] - scene.dx[0], scene.dy[1:] - scene.dy[0])
+    return 1 + int(np.argmin(distance))
+
+
+def _padded(columns: list[np.ndarray], width: int, fill: float) -> np.ndarray:
+    padded = np.full((len(columns), width), fill)
+    for row, values in zip(padded, columns, strict=True):
+        row[: len(values)] = values
+    return padded.astype(int) if fill == -1 else padded  # (scene, neighbour)
+
+
+def _draw_all(task: _Task, folder: Path, processes: int | None) -> None:
+    """Draw every chunk that is not there yet, then put the folder in place.
+
+    Chunks are written whole (a file is renamed into place after its stamps), so an
+    interrupted run goes on where it stopped.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    counts = task.counts()
+    _allocate(partial, task, int(counts.sum()))
+    starts = range(0, task.n_scenes, CHUNK)
+    missing = [s for s in starts if not _chunk(partial, s).exists()]
+    label = f"{task.survey} {'isolated' if task.max_galaxies == 1 else 'blends'}"
+    with tqdm(
+        total=task.n_scenes,
+        initial=task.n_scenes - sum(len(counts[s : s + CHUNK]) for s in missing),
+        desc=label,
+        unit="scene",
+        leave=False,
+    ) as bar:
+        workers = min(processes or cpu_count(), max(len(missing), 1))
+        pool = Parallel(workers, return_as="generator_unordered", max_nbytes=None)
+        for n in pool(delayed(_draw_chunk)(task, partial, s) for s in missing):
+            bar.update(n)
+    _merge(partial, starts)
+    os.replace(partial, folder)
+
+
+@lru_cache(maxsize=1)
+def _painter(task: _Task) -> _Painter:
+    """The painter of this process; reading the catalogue takes a second."""
+    return _Painter(task)
+
+
+def _draw_chunk(task: _Task, folder: Path, start: int) -> int:
+    counts = task.counts()
+    first, mine = int(counts[:start].sum()), counts[start : start + CHUNK]
+    stamps, flux, truth = _painter(task).paint(start, mine)
+    for name, values in stamps.items():
+        stored = np.load(_stamp_file(folder, name), mmap_mode="r+")
+        stored[first : first + len(values)] = values
+        stored.flush()
+    scratch = _chunk(folder, start).with_suffix(".scratch.npz")
+    np.savez(scratch, flux=flux, **{name: truth[name] for name in truth.colnames})
+    os.replace(scratch, _chunk(folder, start))
+    return len(mine)
+
+
+def _allocate(folder: Path, task: _Task, n_galaxies: int) -> None:
+    shape = (n_galaxies, STAMP_SIZE, STAMP_SIZE)
+    for instrument in survey(task.survey).instruments:
+        file = _stamp_file(folder, instrument.name)
+        if not file.exists():
+            np.lib.format.open_memmap(file, "w+", np.float16, shape).flush()
+
+
+def _merge(folder: Path, starts: range) -> None:
+    chunks = [dict(np.load(_chunk(folder, start))) for start in starts]
+    merged = {k: np.concatenate([c[k] for c in chunks]) for k in chunks[0]}
+    np.savez(folder / "truth.npz", **merged)
+    for start in starts:
+        _chunk(folder, start).unlink()
+
+
+def _open(folder: Path, survey: Survey, task: _Task) -> Scenes:
+    columns = dict(np.load(folder / "truth.npz"))
+    flux = columns.pop("flux")
+    truth = Table(columns)
+    for name in ("r_mag", "dmag"):
+        truth[name].unit = u.mag
+    for name in ("dx", "dy", "neighbour_dx", "neighbour_dy"):
+        truth[name].unit = u.arcsec
+    stamps = {
+        i.name: np.load(_stamp_file(folder, i.name), mmap_mode="r")
+        for i in survey.instruments
+    }
+    first = np.concatenate([[0], np.cumsum(truth["n_galaxies"])])
+    return Scenes(survey, stamps, flux, first, truth, (*task.entropy, 1))
+
+
+def _stamp_file(folder: Path, instrument: str) -> Path:
+    return folder / f"stamps-{instrument}.npy"
+
+
+def _chunk(folder: Path, start: int) -> Path:
+    return folder / f"chunk-{start:08d}.npz"
+
+
+def clear_cache() -> None:
+    """Delete every cached set of scenes; they are drawn again when asked for."""
+    shutil.rmtree(cache_folder() / "scenes", ignore_errors=True)

@@ -1,0 +1,247 @@
+"""Physics of the scenes: flux, noise, positions, targets, seeds."""
+
+import galsim
+import numpy as np
+import pytest
+
+import deblender
+from deblender import simulation
+from deblender.catalogues import cache_folder
+from deblender.simulation import CHUNK, Scenes, add_noise, simulate
+
+
+@pytest.fixture(scope="module")
+def blends(synthetic):
+    return simulate(synthetic, deblender.survey("lsst+euclid"), 120, seed=5)
+
+
+@pytest.fixture(scope="module")
+def isolated(synthetic):
+    return simulate(synthetic, deblender.survey("lsst"), 200, max_galaxies=1, seed=5)
+
+
+def test_form(blends):
+    for images in (blends.target, blends.blend, blends.noisy):
+        assert images.shape == (120, 64, 64, 10)
+        assert images.dtype == np.float32
+
+
+def test_flux_is_conserved(isolated, synthetic):
+    """Small galaxies keep 1 % of the light that their magnitude stands for."""
+    survey, truth = isolated.survey, isolated.truth
+    radius = np.array(
+        [synthetic.source.param_cat["hlr"][i, 0] for i in truth["galaxy_id"]]
+    )
+    small = (radius < 0.35) & (
+        np.array(
+            [synthetic.source.param_cat["sersicfit"][i, 2] for i in truth["galaxy_id"]]
+        )
+        < 1.5
+    )
+    assert small.sum() > 20
+    magnitudes = synthetic.magnitudes(survey)[truth["galaxy_id"]]
+    for k, band in enumerate(survey.bands):
+        total = isolated.target[..., k].sum(axis=(1, 2), dtype=float)
+        np.testing.assert_allclose(
+            total[small], band.electrons(magnitudes[small, k]), rtol=0.01
+        )
+
+
+def test_stamps_are_those_of_galsim(blends, synthetic):
+    """Against drawImage at GalSim's default accuracy: 1e-3 of the peak."""
+    task_angles = _angles(blends, synthetic)
+    for k, instrument in enumerate(blends.survey.instruments):
+        band = int(np.flatnonzero(blends.survey.instrument_of_band == k)[0])
+        for scene in range(12):
+            row = int(blends.truth["galaxy_id"][scene])
+            profile = synthetic.source.makeGalaxy(row).withFlux(1)
+            profile = profile.rotate(task_angles[scene] * galsim.radians)
+            exact = galsim.Convolve(profile, instrument.psf).drawImage(
+                nx=64, ny=64, scale=instrument.pixel_scale, dtype=float
+            )
+            ours = (
+                blends.target[scene, ..., band] / blends.flux[blends.first[scene], band]
+            )
+            difference = np.abs(ours - exact.array).max() / exact.array.max()
+            assert difference < 1e-3, (instrument.name, scene)
+
+
+def _angles(scenes, catalogue):
+    task = simulation._Task(
+        (catalogue.name, False, catalogue.digest), scenes.survey.name, len(scenes), 4,
+        "exact", 5, "test", (0.0, 0.0), None,
+    )  # fmt: skip
+    painter = simulation._Painter(task)
+    return [painter.arrange(i, int(n)).angles[0] for i, n in enumerate(task.counts())]
+
+
+def test_noise_variance_is_sky_plus_source():
+    sky = np.array([350.0, 65_000.0])
+    source = np.full((200, 200, 2), 1_000.0)
+    noisy = add_noise(source, sky, np.random.default_rng(1))
+    np.testing.assert_allclose(noisy.mean(axis=(0, 1)), 1_000, atol=6)
+    np.testing.assert_allclose(noisy.var(axis=(0, 1)), sky + 1_000, rtol=0.02)
+    empty = add_noise(np.zeros((1000, 1000, 2)), sky, np.random.default_rng(2))
+    np.testing.assert_allclose(empty.var(axis=(0, 1)), sky, rtol=0.01)
+
+
+def test_neighbours_are_in_the_annulus_and_fainter(blends, synthetic):
+    truth = blends.truth
+    distance = np.hypot(truth["neighbour_dx"], truth["neighbour_dy"])
+    present = np.isfinite(distance)
+    np.testing.assert_array_equal(present.sum(axis=1), truth["n_galaxies"] - 1)
+    assert distance[present].min() >= 0.325 and distance[present].max() <= 2.0
+    # Uniform in area: the mean of r^2 is halfway between the squared radii.
+    assert np.mean(distance[present] ** 2) == pytest.approx(
+        (0.325**2 + 4) / 2, rel=0.15
+    )
+    assert (truth["dmag"][truth["n_galaxies"] > 1] >= 0).all()
+    lsst = deblender.survey("lsst")
+    r_mag = synthetic.magnitudes(lsst)[:, 2]
+    neighbours = truth["neighbour_id"][present]
+    owners = np.repeat(truth["r_mag"], truth["n_galaxies"] - 1)
+    assert (r_mag[neighbours] >= owners).all()
+
+
+def test_number_of_galaxies_is_uniform(blends):
+    counts = simulation._Task(
+        ("", False, ""), "lsst", 40_000, 4, "exact", 1, "test", (0.0, 0.0), None
+    ).counts()
+    np.testing.assert_allclose(np.bincount(counts)[1:] / 40_000, 0.25, atol=0.01)
+    np.testing.assert_array_equal(blends.counts, blends.truth["n_galaxies"])
+
+
+def test_blend_is_the_sum_of_its_galaxies(blends):
+    for scene in (0, 1, 2, 3):
+        rows = np.arange(blends.first[scene], blends.first[scene + 1])
+        total = blends.compose(rows).sum(axis=0)
+        np.testing.assert_allclose(blends.blend[scene], total, rtol=1e-4, atol=1e-2)
+
+
+def test_truth_is_that_of_the_images(blends):
+    alone = blends.truth["n_galaxies"] == 1
+    assert (blends.truth["b_total"][alone] == 0).all()
+    assert np.isnan(blends.truth["dmag"][alone]).all()
+    crowded = ~alone
+    assert (blends.truth["b_closest"][crowded] > 0).all()
+    assert (blends.truth["b_closest"] <= 1).all()
+
+
+def test_pixel_centring_is_uniform_in_a_pixel(synthetic):
+    truth = simulate(synthetic, deblender.survey("lsst"), 300, 1, "pixel", seed=2).truth
+    for name in ("dx", "dy"):
+        assert np.abs(truth[name]).max() <= 0.1
+        assert np.std(truth[name]) == pytest.approx(0.2 / np.sqrt(12), rel=0.15)
+
+
+def test_peak_centring_puts_a_detected_peak_at_the_centre(synthetic):
+    scenes = simulate(synthetic, deblender.survey("lsst"), 60, 4, "peak", seed=2)
+    distance = np.hypot(scenes.truth["dx"], scenes.truth["dy"])
+    assert distance.max() < simulation.MATCH_RADIUS
+    # Most targets lie within a pixel of the detected corner.
+    assert np.median(distance) < 0.2
+    bright = scenes.truth["snr"] > 100
+    r = scenes.noisy[bright][..., 2]
+    centre = r[:, 30:34, 30:34].max(axis=(1, 2))
+    assert np.mean(centre >= r.max(axis=(1, 2))) > 0.9
+
+
+def test_isolated_peak_centring_draws_from_the_fitted_offsets(synthetic, monkeypatch):
+    monkeypatch.setattr(simulation, "centring_offsets", lambda c: (3.0, 8.0, 0.0, 0.3))
+    scenes = simulate(synthetic, deblender.survey("lsst"), 100, 1, "peak", seed=2)
+    distance = np.hypot(scenes.truth["dx"], scenes.truth["dy"])
+    mean = 0.3 * 3 / 7  # of the beta prime distribution: a / (b - 1)
+    assert np.mean(distance) == pytest.approx(np.hypot(mean, 0.08), rel=0.2)
+
+
+def test_shear_is_the_shear_applied(synthetic):
+    survey = deblender.survey("lsst")
+    plain = simulate(synthetic, survey, 100, 1, seed=7)
+    sheared = simulate(synthetic, survey, 100, 1, seed=7, shear=(0.01, 0.0))
+    bright = plain.truth["snr"] > 20
+    change = (sheared.truth["e1"] - plain.truth["e1"])[bright]
+    assert np.nanmean(change) == pytest.approx(0.01, rel=0.25)
+    np.testing.assert_array_equal(plain.truth["galaxy_id"], sheared.truth["galaxy_id"])
+
+
+def test_same_seed_same_bits_whatever_the_processes(synthetic, tmp_path, monkeypatch):
+    survey = deblender.survey("lsst")
+    made = []
+    for processes in (1, 2):
+        monkeypatch.setenv("DEBLENDER_CACHE", str(tmp_path / str(processes)))
+        _share_catalogues(tmp_path / str(processes), monkeypatch)
+        made.append(simulate(synthetic, survey, 2 * CHUNK, seed=9, processes=processes))
+    one, two = made
+    np.testing.assert_array_equal(one.stamps["LSST"], two.stamps["LSST"])
+    np.testing.assert_array_equal(one.noisy[:20], two.noisy[:20])
+    assert one.truth.colnames == two.truth.colnames
+
+
+def test_interrupted_work_resumes(synthetic, tmp_path, monkeypatch):
+    survey = deblender.survey("lsst")
+    monkeypatch.setenv("DEBLENDER_CACHE", str(tmp_path))
+    _share_catalogues(tmp_path, monkeypatch)
+    paint, starts = simulation._Painter.paint, []
+
+    def paint_once(self, start, counts):
+        if starts:
+            raise KeyboardInterrupt
+        starts.append(start)
+        return paint(self, start, counts)
+
+    simulation._painter.cache_clear()
+    monkeypatch.setattr(simulation._Painter, "paint", paint_once)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(synthetic, survey, 2 * CHUNK, seed=11, processes=1)
+    assert [f.suffix for f in (tmp_path / "scenes").iterdir()] == [".partial"]
+    drawn = []
+    monkeypatch.setattr(
+        simulation._Painter,
+        "paint",
+        lambda self, start, counts: drawn.append(start) or paint(self, start, counts),
+    )
+    resumed = simulate(synthetic, survey, 2 * CHUNK, seed=11, processes=1)
+    assert drawn == [CHUNK]  # the first chunk was kept
+    monkeypatch.setenv("DEBLENDER_CACHE", str(tmp_path / "again"))
+    _share_catalogues(tmp_path / "again", monkeypatch)
+    whole = simulate(synthetic, survey, 2 * CHUNK, seed=11, processes=1)
+    np.testing.assert_array_equal(resumed.stamps["LSST"], whole.stamps["LSST"])
+
+
+def _share_catalogues(folder, monkeypatch):
+    """Let an empty cache read the catalogues that are drawn already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for drawn in SHARED.glob("synthetic-*"):
+        (folder / drawn.name).symlink_to(drawn)
+
+
+SHARED = cache_folder()
+
+
+def test_batches_and_take_keep_the_noise(blends):
+    some = blends.take([7, 3])
+    np.testing.assert_array_equal(some.noisy, blends.noisy[[7, 3]])
+    joined = np.concatenate([b.target for b in blends.batches(50)])
+    np.testing.assert_array_equal(joined, blends.target)
+
+
+def test_restricted_scenes_have_fewer_bands(blends):
+    lsst = blends.restrict(deblender.survey("lsst"))
+    assert isinstance(lsst, Scenes)
+    np.testing.assert_array_equal(lsst.blend, blends.blend[..., :6])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"centring": "centroid"}, "unknown centring 'centroid'; accepted: exact"),
+        ({"split": "all"}, "unknown split 'all'; accepted: train"),
+        ({"n_scenes": 0}, "received n_scenes=0"),
+        ({"max_galaxies": 0}, "max_galaxies=0"),
+        ({"shear": (1.0, 0.5)}, r"received shear=\(1.0, 0.5\)"),
+    ],
+)
+def test_bad_arguments_are_refused(synthetic, change, message):
+    arguments = {"n_scenes": 10} | change
+    with pytest.raises(ValueError, match=message):
+        simulate(synthetic, deblender.survey("lsst"), **arguments)
