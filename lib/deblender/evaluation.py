@@ -1,0 +1,95 @@
+"""Networks measured on test scenes: errors of each galaxy, and shear samples."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from astropy.table import Table, hstack, vstack
+from tqdm import tqdm
+
+from .catalogues import Catalogue
+from .measurement import errors, measure
+from .simulation import Scenes, simulate
+from .surveys import Survey
+from .weights import Network
+
+SHEARS = ((0.0, 0.0), (1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0))
+
+
+def channels(scenes: Scenes, network: Network) -> list[int]:
+    """Channels of the scenes that the network reads.
+
+    Raises ValueError if the scenes lack one of its bands.
+    """
+    return [scenes.survey.index(name) for name in network.survey.band_names]
+
+
+def evaluate(network: Network, scenes: Scenes, isolated: bool = False) -> Table:
+    """Measure shapes and magnitudes of outputs against targets (section 4.1).
+
+    `isolated` passes the scenes through the VAE and not through the deblender. One row
+    a scene: the columns of `scenes.truth`, of `errors`, and `e1_in`, `e2_in`, `e_in`,
+    `e1_out`, `e2_out`, `flag` and `reason` of the output. Few scenes are in memory at a
+    time. A network of fewer bands sees the same pixels of those it has.
+    """
+    bands = channels(scenes, network)
+    apply = network.reconstruct if isolated else network.deblend
+    tables = []
+    for batch in _progress(scenes, network.survey):
+        output = measure(apply(batch.noisy[..., bands]).image, network.survey)
+        target = measure(batch.target[..., bands], network.survey)
+        table = hstack(
+            [batch.truth["r_mag", "snr", "z", "dmag"], errors(output, target)]
+        )
+        for name in ("n_galaxies", "b_closest", "b_total", "dx", "dy"):
+            table[name] = batch.truth[name]
+        for name in ("e1", "e2", "e"):
+            table[f"{name}_in"], table[f"{name}_out"] = target[name], output[name]
+        table["flag"], table["reason"] = output["flag"], output["reason"]
+        tables.append(table)
+    return vstack(tables, metadata_conflicts="silent")
+
+
+def ellipticity_pairs(table: Table) -> tuple[np.ndarray, np.ndarray]:
+    """Input and output ellipticities of a table of `evaluate`, (scene, component)."""
+    e_in = np.stack([table["e1_in"], table["e2_in"]], axis=1)
+    return e_in, np.stack([table["e1_out"], table["e2_out"]], axis=1)
+
+
+def shear_samples(
+    networks: dict[str, Network],
+    catalogue: Catalogue,
+    survey: Survey,
+    n_scenes: int,
+    gamma: float = 0.01,
+    seed: int = 1,
+) -> dict[str, dict[tuple[float, float], Table]]:
+    """Shapes in five samples of the same scenes under constant shear (section 4.3).
+
+    Galaxies, positions, rotations and noise are the same under (0, 0), (+-gamma, 0)
+    and (0, +-gamma): the noise of the unsheared sample is added to each, because equal
+    seeds do not pair Poisson draws. Returns, for each network by name and for
+    `"target"`, the table of `measure` of each shear, as `shear_biases` takes them.
+    """
+    plain = simulate(catalogue, survey, n_scenes, seed=seed)
+    tables: dict[str, dict] = {"target": {}} | {name: {} for name in networks}
+    for sign in SHEARS:
+        shear = (sign[0] * gamma, sign[1] * gamma)
+        sheared = simulate(catalogue, survey, n_scenes, seed=seed, shear=shear)
+        parts: dict[str, list[Table]] = {name: [] for name in tables}
+        for batch, still in zip(
+            _progress(sheared, survey), plain.batches(), strict=True
+        ):
+            noisy = batch.blend + (still.noisy - still.blend)  # (scene, y, x, band)
+            parts["target"].append(measure(batch.target, survey))
+            for name, network in networks.items():
+                image = network.deblend(noisy[..., channels(batch, network)]).image
+                parts[name].append(measure(image, network.survey))
+        for name in tables:
+            tables[name][shear] = vstack(parts[name])
+    return tables
+
+
+def _progress(scenes: Scenes, survey: Survey, size: int = 250) -> Iterator[Scenes]:
+    total = -(-len(scenes) // size)
+    label = f"measuring {survey.name}"
+    yield from tqdm(scenes.batches(size), total=total, desc=label, leave=False)

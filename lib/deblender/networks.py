@@ -1,0 +1,171 @@
+"""The networks of section 3: encoder, decoder, and the autoencoder that trains them.
+
+Only `keras` and `keras.ops` are used, so that the same code trains on TensorFlow, JAX
+and PyTorch.
+"""
+
+import logging
+
+import keras
+from keras import layers, ops
+
+from .surveys import STAMP_SIZE
+
+LATENT_SIZE = 32
+FILTERS = (32, 64, 128, 256)
+HIDDEN = 256
+KL_WEIGHT = 1e-2  # the beta of section 3.2
+SMALLEST_WIDTH = 1e-6  # keeps the logarithm of the KL divergence finite
+# A sigmoid of this is close to the mean normalised pixel, so that training does not
+# begin by learning that most of a stamp is empty sky.
+EMPTY_SKY = -4.0
+
+# A chapter holds several models, each traced once; TensorFlow takes that for a mistake.
+logging.getLogger("tensorflow").addFilter(lambda r: "retracing" not in r.getMessage())
+
+
+def encoder(n_bands: int, name: str = "encoder") -> keras.Model:
+    """Normalised stamp to mean and width of its latent Gaussian (Fig. 2).
+
+    Input (batch, y, x, band); outputs two tensors (batch, latent). With ten bands it
+    has 2,547,048 parameters.
+    """
+    stamp = keras.Input((STAMP_SIZE, STAMP_SIZE, n_bands), name="stamp")
+    x = layers.BatchNormalization()(stamp)
+    for filters in FILTERS:
+        for strides in (1, 2):
+            x = layers.Conv2D(filters, 3, strides=strides, padding="same")(x)
+            x = layers.PReLU()(x)
+    x = layers.PReLU()(layers.Dense(HIDDEN)(layers.Flatten()(x)))
+    mean = layers.Dense(LATENT_SIZE, name="mean")(x)
+    width = layers.Dense(LATENT_SIZE, activation="softplus", name="width")(x)
+    return keras.Model(stamp, [mean, width], name=name)
+
+
+def decoder(n_bands: int, name: str = "decoder") -> keras.Model:
+    """Latent vector to normalised stamp; mirrors the encoder (Fig. 2).
+
+    Input (batch, latent); output (batch, y, x, band) in (0, 1). With ten bands it has
+    3,321,098 parameters.
+    """
+    side = STAMP_SIZE // 2 ** len(FILTERS)
+    latent = keras.Input((LATENT_SIZE,), name="latent")
+    x = layers.PReLU()(layers.Dense(HIDDEN)(latent))
+    x = layers.PReLU()(layers.Dense(side * side * FILTERS[-1])(x))
+    x = layers.Reshape((side, side, FILTERS[-1]))(x)
+    for filters in reversed(FILTERS):
+        for strides in (2, 1):
+            x = layers.Conv2DTranspose(filters, 3, strides=strides, padding="same")(x)
+            x = layers.PReLU()(x)
+    stamp = layers.Conv2DTranspose(
+        n_bands,
+        3,
+        padding="same",
+        activation="sigmoid",
+        bias_initializer=keras.initializers.Constant(EMPTY_SKY),
+        name="stamp",
+    )(x)
+    return keras.Model(latent, stamp, name=name)
+
+
+def kl_divergence(mean: keras.KerasTensor, width: keras.KerasTensor):
+    """KL divergence of N(mean, width^2) from N(0, 1), summed over the latent axis.
+
+    The regularisation term of eq. 5; (batch, latent) to (batch,), in nats.
+    """
+    width = ops.maximum(width, SMALLEST_WIDTH)
+    terms = ops.square(mean) + ops.square(width) - 1 - 2 * ops.log(width)
+    return 0.5 * ops.sum(terms, axis=-1)
+
+
+def cross_entropy(target, output):
+    """Bernoulli cross-entropy summed over pixels and bands (the last term of eq. 5).
+
+    Both (batch, y, x, band), `output` in (0, 1); returns (batch,), in nats.
+    """
+    losses = ops.binary_crossentropy(target, output)
+    return ops.sum(losses, axis=(1, 2, 3))
+
+
+class Sampling(layers.Layer):
+    """Draw from the latent Gaussian: mean + width * standard normal."""
+
+    def __init__(self, seed: int | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.generator = keras.random.SeedGenerator(seed)
+
+    def call(self, inputs):
+        mean, width = inputs  # (batch, latent) each
+        return mean + width * keras.random.normal(ops.shape(mean), seed=self.generator)
+
+
+class Autoencoder(keras.Model):
+    """Encoder, latent draw and decoder, trained on cross-entropy + beta KL (eq. 6).
+
+    With both parts trainable it is the VAE of section 3.2; with `freeze_decoder` it is
+    the deblender of section 3.3. Fit it on pairs of (noisy input, noiseless target).
+    """
+
+    def __init__(
+        self,
+        encoder: keras.Model,
+        decoder: keras.Model,
+        freeze_decoder: bool = False,
+        kl_weight: float = KL_WEIGHT,
+        seed: int | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.encoder, self.decoder = encoder, decoder
+        self.decoder.trainable = not freeze_decoder
+        self.kl_weight = kl_weight
+        self.sampling = Sampling(seed)
+        self.kl_tracker = keras.metrics.Mean(name="kl")
+
+    def call(self, stamps):
+        mean, width = self.encoder(stamps)
+        kl = ops.mean(kl_divergence(mean, width))
+        self.add_loss(self.kl_weight * kl)
+        self.kl_tracker.update_state(kl)
+        return self.decoder(self.sampling([mean, width]))  # (batch, y, x, band)
+
+
+def vae(n_bands: int, seed: int | None = None) -> Autoencoder:
+    """A VAE of the paper's architecture with fresh weights."""
+    return Autoencoder(encoder(n_bands), decoder(n_bands), seed=seed)
+
+
+def deblender(
+    prior: Autoencoder | tuple[keras.Model, keras.Model], seed: int | None = None
+) -> Autoencoder:
+    """A second encoder before the frozen decoder of a trained VAE (section 3.3).
+
+    The new encoder starts from the VAE's; starting at random gives the same result
+    according to the paper.
+    """
+    first, shared = (
+        prior if isinstance(prior, tuple) else (prior.encoder, prior.decoder)
+    )
+    second = encoder(first.input_shape[-1])
+    second.set_weights(first.get_weights())
+    return Autoencoder(second, shared, freeze_decoder=True, seed=seed)
+
+
+def transplant(
+    source: keras.Model, target: keras.Model, from_bands: list[int], to_bands: list[int]
+) -> None:
+    """Start `target` from the weights of `source`, a network of other bands.
+
+    Weights of the same shape are copied; of those with a band axis, the bands that both
+    have (`from_bands` of the source are `to_bands` of the target).
+    """
+    for old, new in zip(source.weights, target.weights, strict=True):
+        values = ops.convert_to_numpy(new).copy()
+        old = ops.convert_to_numpy(old)
+        if old.shape == values.shape:
+            values = old
+        else:
+            axis = next(i for i, n in enumerate(old.shape) if n != values.shape[i])
+            place = (slice(None),) * axis
+            values[(*place, to_bands)] = old[(*place, from_bands)]
+        new.assign(values)

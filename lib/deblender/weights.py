@@ -1,0 +1,233 @@
+"""Trained networks on disk: safetensors parts, a JSON card, no pickle."""
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+from safetensors.numpy import load as parse_safetensors
+from safetensors.numpy import save as dump_safetensors
+
+from . import networks
+from .normalisation import Normalisation
+from .surveys import Survey, survey
+
+PARTS = ("decoder", "encoder", "deblender")  # `encoder` is that of the VAE
+CARD = "card.json"
+# Biases and batch statistics are few and need the range; all else is kept in half.
+HALF_FROM = 2000  # elements
+BATCH = 100  # stamps through a network at a time
+
+
+def weights_folder() -> Path:
+    """Folder of the trained networks, in a checkout or in the installed package."""
+    package = Path(__file__).parent
+    installed = package / "pretrained"
+    return installed if installed.is_dir() else package.parents[1] / "data" / "weights"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the deblender says of each stamp.
+
+    `image` (scene, y, x, band) in electrons is the decoded latent mean; `latent_mean`
+    and `latent_width` (scene, latent); `samples` (sample, scene, y, x, band) in
+    electrons are decoded draws of the latent Gaussian, or None.
+    """
+
+    image: np.ndarray
+    latent_mean: np.ndarray
+    latent_width: np.ndarray
+    samples: np.ndarray | None = None
+
+
+@dataclass
+class Network:
+    """A VAE prior and the deblender built on its decoder, for one survey.
+
+    `encoder` is that of the VAE, `deblender` the second encoder (None before it is
+    trained); `card` says how they were made.
+    """
+
+    survey: Survey
+    normalisation: Normalisation
+    encoder: keras.Model
+    decoder: keras.Model
+    deblender: keras.Model | None
+    card: dict
+
+    @property
+    def images_seen(self) -> dict[str, int]:
+        """Training images seen by the VAE and by the deblender."""
+        return self.card["images_seen"]
+
+    def deblend(self, noisy: np.ndarray, n_samples: int = 0, seed: int = 0) -> Result:
+        """Recover the central galaxy of noisy blends (section 3.3).
+
+        `noisy` (scene, y, x, band) in electrons, sky-subtracted. The image is the
+        decoded latent mean; with `n_samples`, that many decoded draws come with it.
+
+        Raises ValueError for stamps of another shape or survey, or with NaN.
+        """
+        if self.deblender is None:
+            raise ValueError("this network holds a VAE only; train a deblender on it")
+        return self._pass(self.deblender, noisy, n_samples, seed)
+
+    def reconstruct(
+        self, noisy: np.ndarray, n_samples: int = 0, seed: int = 0
+    ) -> Result:
+        """Denoise isolated galaxies with the VAE (section 3.2); as `deblend`."""
+        return self._pass(self.encoder, noisy, n_samples, seed)
+
+    def decode(self, latent: np.ndarray) -> np.ndarray:
+        """Latent vectors (n, latent) to images (n, y, x, band) in electrons."""
+        stamps = self.decoder.predict(latent, batch_size=BATCH, verbose=0)
+        return self.normalisation.inverse(stamps)
+
+    def generate(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        """Galaxies drawn from the prior, (n, y, x, band) in electrons."""
+        size = self.decoder.input_shape[-1]
+        return self.decode(rng.standard_normal((n, size), dtype=np.float32))
+
+    def _pass(
+        self, encoder: keras.Model, noisy: np.ndarray, n_samples: int, seed: int
+    ) -> Result:
+        stamps = self.normalisation.forward(self.survey.check_images(noisy))
+        mean, width = encoder.predict(stamps, batch_size=BATCH, verbose=0)
+        samples = None
+        if n_samples:
+            rng = np.random.default_rng(seed)
+            draws = rng.standard_normal((n_samples, *mean.shape), dtype=np.float32)
+            flat = (mean + width * draws).reshape(-1, mean.shape[-1])
+            samples = self.decode(flat).reshape(n_samples, *stamps.shape)
+        return Result(self.decode(mean), mean, width, samples)
+
+
+def save(
+    network: Network, folder: str | os.PathLike, share: dict[str, str] | None = None
+) -> None:
+    """Write a network's parts and its card into `folder`, each file whole or not.
+
+    `share` maps a part to a file elsewhere, relative to `folder` (`{"decoder":
+    "../lsst/decoder.safetensors"}`), for a part that another network holds already.
+    """
+    folder, share = Path(folder), share or {}
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for part in PARTS:
+        if (model := getattr(network, part)) is None:
+            continue
+        name = share.get(part, f"{part}.safetensors")
+        if part not in share:
+            _write(folder / name, _dump(model))
+        files[part] = {"file": name, "sha256": _sha256((folder / name).read_bytes())}
+    card = network.card | {
+        "survey": network.survey.name,
+        "bands": list(network.survey.band_names),
+        "normalisation": {
+            "scale": list(map(float, network.normalisation.scale)),
+            "beta": network.normalisation.beta,
+        },
+        "parts": files,
+        "software": software(),
+    }
+    _write(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
+
+
+def load(name: str | os.PathLike, expect_survey: str | None = None) -> Network:
+    """Read a trained network by name, or from the folder that holds its card.
+
+    Raises ValueError if there is none (and lists what there is), if it is for another
+    survey than `expect_survey`, or if a file is missing, damaged or of other shapes.
+    """
+    folder = weights_folder() / str(name)
+    folder = folder if (folder / CARD).is_file() else Path(name)
+    if not (folder / CARD).is_file():
+        raise ValueError(
+            f"no trained network {str(name)!r}; accepted: {', '.join(available())}, or "
+            f"a folder with a {CARD}"
+        )
+    card = json.loads((folder / CARD).read_text())
+    if expect_survey not in (None, card["survey"]):
+        raise ValueError(
+            f"network {str(name)!r} is for survey {card['survey']!r}; accepted here: "
+            f"{expect_survey!r}"
+        )
+    of_survey, n_bands = survey(card["survey"]), len(card["bands"])
+    scale = np.array(card["normalisation"]["scale"])
+    models = {"deblender": None}
+    for part in card["parts"]:
+        build = networks.decoder if part == "decoder" else networks.encoder
+        models[part] = build(n_bands, name=part)
+        _fill(models[part], folder, card["parts"][part])
+    normalisation = Normalisation(scale, card["normalisation"]["beta"])
+    return Network(of_survey, normalisation, card=card, **models)
+
+
+def available() -> list[str]:
+    """Names of the trained networks that `load` knows."""
+    return sorted(card.parent.name for card in weights_folder().glob(f"*/{CARD}"))
+
+
+def software() -> dict[str, str]:
+    """Versions that a card records."""
+    return {
+        "python": platform.python_version(),
+        "keras": keras.__version__,
+        "backend": keras.backend.backend(),
+        "numpy": np.__version__,
+    }
+
+
+def _dump(model: keras.Model) -> bytes:
+    values = map(keras.ops.convert_to_numpy, model.weights)
+    return dump_safetensors(dict(zip(_keys(model), map(_halve, values), strict=True)))
+
+
+def _keys(model: keras.Model) -> list[str]:
+    # Keras numbers layers from the first of a process on; positions do not change.
+    return [f"{i:03d}.{v.name}" for i, v in enumerate(model.weights)]
+
+
+def _halve(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float16 if values.size >= HALF_FROM else np.float32)
+
+
+def _fill(model: keras.Model, folder: Path, part: dict) -> None:
+    file = folder / part["file"]
+    content = file.read_bytes() if file.is_file() else b""
+    if _sha256(content) != part["sha256"]:
+        raise ValueError(
+            f"weights {file} are missing or damaged: SHA-256 {_sha256(content)[:12]}; "
+            f"accepted: {part['sha256'][:12]}, as its {CARD} says"
+        )
+    stored = parse_safetensors(content)
+    values = [stored.get(key) for key in _keys(model)]
+    shapes = [None if v is None else v.shape for v in values]
+    expected = [tuple(v.shape) for v in model.weights]
+    if shapes != expected:
+        raise ValueError(
+            f"weights {file} have shapes {shapes[:3]}...; accepted: {expected[:3]}..."
+        )
+    model.set_weights([v.astype(np.float32) for v in values])
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as scratch:
+        scratch.write(content)
+    try:
+        os.chmod(scratch.name, 0o644)
+        os.replace(scratch.name, file)
+    except OSError:
+        os.unlink(scratch.name)
+        raise

@@ -1,0 +1,100 @@
+"""Batches, symmetries, swaps, and what training may and may not change."""
+
+import numpy as np
+import pytest
+
+import deblender
+from deblender import networks, training
+from deblender.normalisation import Normalisation
+
+
+@pytest.fixture(scope="module")
+def blends(synthetic):
+    return deblender.simulate(synthetic, deblender.survey("lsst"), 40, seed=3)
+
+
+@pytest.fixture(scope="module")
+def normalisation():
+    return Normalisation(np.full(6, 5000.0))
+
+
+def test_dihedral_gives_eight_different_images():
+    image = np.random.default_rng(1).normal(size=(1, 5, 5, 2))
+    eight = training.dihedral(np.repeat(image, 8, axis=0), np.arange(8))
+    assert len({turned.tobytes() for turned in eight}) == 8
+    np.testing.assert_allclose(
+        eight.sum(axis=(1, 2)), image.sum(axis=(1, 2)).repeat(8, 0)
+    )
+
+
+def test_batches_without_augmentation_are_the_scenes(blends, normalisation):
+    batches = training.Batches(blends, normalisation, batch_size=16, augment=False)
+    pairs = [batches[i] for i in range(len(batches))]
+    clean = np.concatenate([y for _, y in pairs])
+    expected = np.maximum(normalisation.forward(blends.target), 0)
+    np.testing.assert_array_equal(clean, expected)
+    again = batches[1]
+    batches.on_epoch_end()
+    np.testing.assert_array_equal(batches[1][0], again[0])
+
+
+def test_each_epoch_has_fresh_noise_and_order(blends, normalisation):
+    batches = training.Batches(blends, normalisation, batch_size=16, seed=4)
+    first, order = batches[0][0], batches.order.copy()
+    batches.on_epoch_end()
+    assert not np.array_equal(first, batches[0][0])
+    assert not np.array_equal(order, batches.order)
+    twin = training.Batches(blends, normalisation, batch_size=16, seed=4)
+    np.testing.assert_array_equal(first, twin[0][0])
+
+
+def test_swapped_neighbours_leave_targets_brightest(blends):
+    slots = range(1, 4)
+    rows = np.array([blends.neighbour_rows(s) for s in slots])
+    before = rows.copy()
+    training.swap_neighbours(blends, rows, np.random.default_rng(1))
+    assert not np.array_equal(rows, before)
+    np.testing.assert_array_equal(np.sort(rows, axis=None), np.sort(before, axis=None))
+    np.testing.assert_array_equal(rows >= 0, before >= 0)
+    r = blends.flux[:, 2]
+    target = np.broadcast_to(r[blends.first[:-1]], rows.shape)
+    assert (r[rows] <= target)[rows >= 0].all()
+
+
+def test_decoder_is_bit_identical_after_deblender_training(synthetic):
+    survey = deblender.survey("lsst")
+    prior, _ = training.train_vae(synthetic, survey, 32, 16, 1, verbose=0)
+    decoder = [w.numpy().copy() for w in prior.decoder.weights]
+    encoder = [w.numpy().copy() for w in prior.encoder.weights]
+    network, history = training.train_deblender(prior, synthetic, 32, 16, 1, verbose=0)
+    for before, after in zip(decoder, network.decoder.weights, strict=True):
+        np.testing.assert_array_equal(before, after.numpy())
+    for before, after in zip(encoder, network.encoder.weights, strict=True):
+        np.testing.assert_array_equal(before, after.numpy())
+    assert not np.array_equal(encoder[4], network.deblender.weights[4].numpy())
+    assert network.images_seen == {"vae": 32, "deblender": 32}
+    assert history.losses["loss"][-1] > 0
+
+
+def test_training_lowers_the_loss(synthetic, blends, normalisation):
+    model = networks.vae(6, seed=1)
+    few = blends.take(np.arange(16))
+    batches = training.Batches(few, normalisation, 8, augment=False)
+    losses = training.fit(model, batches, None, epochs=15, verbose=0).losses["loss"]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_another_survey_starts_from_trained_bands(synthetic):
+    prior, _ = training.train_vae(
+        synthetic, deblender.survey("lsst"), 16, 16, 1, verbose=0
+    )
+    ten, _ = training.train_vae(
+        synthetic, deblender.survey("lsst+euclid"), 16, 16, 1, verbose=0,
+        start=prior, learning_rate=0.0,
+    )  # fmt: skip
+    z = np.random.default_rng(1).standard_normal((2, 32)).astype("f4")
+    np.testing.assert_allclose(ten.decoder(z)[..., :6], prior.decoder(z), atol=1e-6)
+    np.testing.assert_array_equal(
+        ten.normalisation.scale[:6], prior.normalisation.scale
+    )
+    assert ten.card["start"]["survey"] == "lsst"

@@ -1,0 +1,117 @@
+"""Networks on disk: what is saved is what is loaded, and damage is noticed."""
+
+import json
+
+import numpy as np
+import pytest
+
+import deblender
+from deblender import networks, weights
+from deblender.normalisation import Normalisation
+
+
+@pytest.fixture(scope="module")
+def network():
+    vae = networks.vae(6, seed=1)
+    return weights.Network(
+        deblender.survey("lsst"),
+        Normalisation(np.full(6, 5000.0)),
+        vae.encoder,
+        vae.decoder,
+        networks.deblender(vae).encoder,
+        {"images_seen": {"vae": 0, "deblender": 0}},
+    )
+
+
+@pytest.fixture
+def noisy():
+    return np.random.default_rng(1).normal(0, 250, (3, 64, 64, 6)).astype(np.float32)
+
+
+def test_what_is_saved_is_what_is_loaded(network, noisy, tmp_path):
+    weights.save(network, tmp_path / "net")
+    loaded = deblender.load(tmp_path / "net")
+    before, after = network.deblend(noisy), loaded.deblend(noisy)
+    np.testing.assert_allclose(after.latent_mean, before.latent_mean, atol=5e-3)
+    np.testing.assert_array_equal(
+        loaded.normalisation.scale, network.normalisation.scale
+    )
+    files = {f"{part}.safetensors" for part in weights.PARTS} | {weights.CARD}
+    assert {f.name for f in (tmp_path / "net").iterdir()} == files
+
+
+def test_a_decoder_can_be_shared(network, tmp_path):
+    weights.save(network, tmp_path / "a")
+    weights.save(network, tmp_path / "b", share={"decoder": "../a/decoder.safetensors"})
+    assert not (tmp_path / "b" / "decoder.safetensors").exists()
+    a, b = deblender.load(tmp_path / "a"), deblender.load(tmp_path / "b")
+    for x, y in zip(a.decoder.weights, b.decoder.weights, strict=True):
+        np.testing.assert_array_equal(x.numpy(), y.numpy())
+
+
+def test_damage_is_noticed(network, tmp_path):
+    weights.save(network, tmp_path / "net")
+    file = tmp_path / "net" / "decoder.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="missing or damaged"):
+        deblender.load(tmp_path / "net")
+    file.unlink()
+    with pytest.raises(ValueError, match="missing or damaged"):
+        deblender.load(tmp_path / "net")
+
+
+def test_weights_of_other_shapes_are_refused(network, tmp_path):
+    weights.save(network, tmp_path / "net")
+    card = json.loads((tmp_path / "net" / "card.json").read_text())
+    card["parts"]["decoder"] = card["parts"]["encoder"]
+    (tmp_path / "net" / "card.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match="have shapes"):
+        deblender.load(tmp_path / "net")
+
+
+def test_another_survey_is_refused(network, tmp_path):
+    weights.save(network, tmp_path / "net")
+    with pytest.raises(ValueError, match="is for survey 'lsst'; accepted here: 'lsst"):
+        weights.load(tmp_path / "net", expect_survey="lsst+euclid")
+
+
+def test_an_unknown_name_lists_what_there_is(tmp_path):
+    with pytest.raises(ValueError, match="no trained network 'des'; accepted: "):
+        deblender.load("des")
+
+
+def test_bad_stamps_are_refused(network, noisy):
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        network.deblend(np.where(noisy > 500, np.nan, noisy))
+    with pytest.raises(ValueError, match="survey 'lsst' accepts"):
+        network.deblend(noisy[..., :5])
+
+
+def test_samples_scatter_around_the_mean(network, noisy):
+    result = network.deblend(noisy, n_samples=4)
+    assert result.samples.shape == (4, *noisy.shape)
+    assert result.image.shape == noisy.shape
+    assert not np.array_equal(result.samples[0], result.samples[1])
+    again = network.deblend(noisy, n_samples=4)
+    np.testing.assert_array_equal(result.samples, again.samples)
+
+
+def test_no_deblender_yet(network, noisy):
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="VAE only"):
+        replace(network, deblender=None).deblend(noisy)
+
+
+def test_generated_galaxies_are_images(network):
+    images = network.generate(2, np.random.default_rng(1))
+    assert images.shape == (2, 64, 64, 6) and np.isfinite(images).all()
+
+
+@pytest.mark.parametrize("name", weights.available())
+def test_published_networks_load(name):
+    loaded = deblender.load(name)
+    assert loaded.deblender is not None
+    assert loaded.images_seen["deblender"] > 0
