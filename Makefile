@@ -1,0 +1,41 @@
+# The environment is .venv, made from requirements.lock. Another interpreter than
+# python3 serves with, say, `make book PYTHON=python3.12`.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup book test lint sync format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+setup: $(READY)  ## make .venv with the pinned dependencies and the library
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, not " + sys.version)'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@echo "installing requirements.lock into .venv: a few minutes, once"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+book: $(READY)  ## execute what changed and render the book to build/site/_build/html
+	$(BIN)/python tools/build_book.py
+
+test: lint  ## lint, unit tests, pairs in step, every chapter with small parameters
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## check style, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check lib tests tools
+
+sync: $(READY)  ## derive each book/NN_name.ipynb from its .md
+	$(BIN)/python tools/sync_twins.py
+
+format: $(READY)  ## mend style where a program can
+	$(BIN)/ruff check --fix lib tests tools
+	$(BIN)/ruff format lib tests tools
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build
