@@ -19,9 +19,18 @@ SMALLEST_WIDTH = 1e-6  # keeps the logarithm of the KL divergence finite
 # A sigmoid of this is close to the mean normalised pixel, so that training does not
 # begin by learning that most of a stamp is empty sky.
 EMPTY_SKY = -4.0
+# He et al. 2015, who introduced PReLU: with the default of Keras the signal fades from
+# layer to layer, and the decoder is slow to notice its latent vector.
+DENSE = {"kernel_initializer": "he_normal"}
+CONVOLUTION = DENSE | {"padding": "same"}
+LEAK = 0.25
 
 # A chapter holds several models, each traced once; TensorFlow takes that for a mistake.
 logging.getLogger("tensorflow").addFilter(lambda r: "retracing" not in r.getMessage())
+
+
+def _activate(x: keras.KerasTensor) -> keras.KerasTensor:
+    return layers.PReLU(alpha_initializer=keras.initializers.Constant(LEAK))(x)
 
 
 def encoder(n_bands: int, name: str = "encoder") -> keras.Model:
@@ -34,9 +43,8 @@ def encoder(n_bands: int, name: str = "encoder") -> keras.Model:
     x = layers.BatchNormalization()(stamp)
     for filters in FILTERS:
         for strides in (1, 2):
-            x = layers.Conv2D(filters, 3, strides=strides, padding="same")(x)
-            x = layers.PReLU()(x)
-    x = layers.PReLU()(layers.Dense(HIDDEN)(layers.Flatten()(x)))
+            x = _activate(layers.Conv2D(filters, 3, strides=strides, **CONVOLUTION)(x))
+    x = _activate(layers.Dense(HIDDEN, **DENSE)(layers.Flatten()(x)))
     mean = layers.Dense(LATENT_SIZE, name="mean")(x)
     width = layers.Dense(LATENT_SIZE, activation="softplus", name="width")(x)
     return keras.Model(stamp, [mean, width], name=name)
@@ -50,13 +58,13 @@ def decoder(n_bands: int, name: str = "decoder") -> keras.Model:
     """
     side = STAMP_SIZE // 2 ** len(FILTERS)
     latent = keras.Input((LATENT_SIZE,), name="latent")
-    x = layers.PReLU()(layers.Dense(HIDDEN)(latent))
-    x = layers.PReLU()(layers.Dense(side * side * FILTERS[-1])(x))
+    x = _activate(layers.Dense(HIDDEN, **DENSE)(latent))
+    x = _activate(layers.Dense(side * side * FILTERS[-1], **DENSE)(x))
     x = layers.Reshape((side, side, FILTERS[-1]))(x)
     for filters in reversed(FILTERS):
         for strides in (2, 1):
-            x = layers.Conv2DTranspose(filters, 3, strides=strides, padding="same")(x)
-            x = layers.PReLU()(x)
+            upwards = layers.Conv2DTranspose(filters, 3, strides=strides, **CONVOLUTION)
+            x = _activate(upwards(x))
     stamp = layers.Conv2DTranspose(
         n_bands,
         3,
