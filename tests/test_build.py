@@ -142,7 +142,8 @@ def test_another_chapter_does_not_change_the_fingerprint(book):
 
 def test_outputs_are_reused_until_something_changes(book, monkeypatch):
     chapter, build = execute(book, monkeypatch)
-    assert load_current(chapter, {}, build)
+    made = run(chapter, {}, build)
+    assert load_current(chapter, {}, build) == made
     assert not load_current(chapter, {"n": 3}, build)
     edit(book / "lib/tiny/__init__.py", "", "x = 1")
     assert not load_current(chapter, {}, build)

@@ -72,7 +72,12 @@ def draws() -> dict[str, np.ndarray]:
 
 
 STAMPS = np.random.default_rng(5).random((2, 3, 16, 16, 3))
-HISTORY = {"loss": [3.0, 2.0], "val_loss": [3.1, 2.2]}
+HISTORY = {
+    "images": [100, 200, 300],
+    "loss": [9.0, 5.0, 4.0],
+    "val_images": [300],
+    "val_loss": [4.5],
+}
 
 FIGURES = {
     "stamps": lambda: plotting.stamps(
@@ -114,7 +119,7 @@ def text_of(fig: Figure) -> str:
     [
         ("stamps", ["input", "target", "neighbours", '"']),
         ("distributions", ["|e|", "mag", "redshift", "density"]),
-        ("training_curve", [*LABELS, "epoch", "nats"]),
+        ("training_curve", [*LABELS, "images seen", "nats"]),
         ("corner", ["z_{5}", "prior"]),
         ("ellipticity_components", [*LABELS, "e_1", "e_2", "|e|", "error"]),
         ("error_boxes", [*LABELS, "S/N", "galaxies", "median", "|e|"]),

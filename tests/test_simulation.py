@@ -12,7 +12,7 @@ from deblender.simulation import CHUNK, Scenes, add_noise, simulate
 
 @pytest.fixture(scope="module")
 def blends(synthetic):
-    return simulate(synthetic, deblender.survey("lsst+euclid"), 120, seed=5)
+    return simulate(synthetic, deblender.survey("lsst+euclid"), 80, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def isolated(synthetic):
 
 def test_form(blends):
     for images in (blends.target, blends.blend, blends.noisy):
-        assert images.shape == (120, 64, 64, 10)
+        assert images.shape == (80, 64, 64, 10)
         assert images.dtype == np.float32
 
 
@@ -128,7 +128,7 @@ def test_truth_is_that_of_the_images(blends):
 
 
 def test_pixel_centring_is_uniform_in_a_pixel(synthetic):
-    truth = simulate(synthetic, deblender.survey("lsst"), 300, 1, "pixel", seed=2).truth
+    truth = simulate(synthetic, deblender.survey("lsst"), 200, 1, "pixel", seed=2).truth
     for name in ("dx", "dy"):
         assert np.abs(truth[name]).max() <= 0.1
         assert np.std(truth[name]) == pytest.approx(0.2 / np.sqrt(12), rel=0.15)
@@ -170,7 +170,8 @@ def test_same_seed_same_bits_whatever_the_processes(synthetic, tmp_path, monkeyp
     for processes in (1, 2):
         monkeypatch.setenv("DEBLENDER_CACHE", str(tmp_path / str(processes)))
         _share_catalogues(tmp_path / str(processes), monkeypatch)
-        made.append(simulate(synthetic, survey, 2 * CHUNK, seed=9, processes=processes))
+        scenes = simulate(synthetic, survey, 2 * CHUNK, 1, seed=9, processes=processes)
+        made.append(scenes)
     one, two = made
     np.testing.assert_array_equal(one.stamps["LSST"], two.stamps["LSST"])
     np.testing.assert_array_equal(one.noisy[:20], two.noisy[:20])
@@ -192,7 +193,7 @@ def test_interrupted_work_resumes(synthetic, tmp_path, monkeypatch):
     simulation._painter.cache_clear()
     monkeypatch.setattr(simulation._Painter, "paint", paint_once)
     with pytest.raises(KeyboardInterrupt):
-        simulate(synthetic, survey, 2 * CHUNK, seed=11, processes=1)
+        simulate(synthetic, survey, 2 * CHUNK, 1, seed=11, processes=1)
     assert [f.suffix for f in (tmp_path / "scenes").iterdir()] == [".partial"]
     drawn = []
     monkeypatch.setattr(
@@ -200,11 +201,11 @@ def test_interrupted_work_resumes(synthetic, tmp_path, monkeypatch):
         "paint",
         lambda self, start, counts: drawn.append(start) or paint(self, start, counts),
     )
-    resumed = simulate(synthetic, survey, 2 * CHUNK, seed=11, processes=1)
+    resumed = simulate(synthetic, survey, 2 * CHUNK, 1, seed=11, processes=1)
     assert drawn == [CHUNK]  # the first chunk was kept
     monkeypatch.setenv("DEBLENDER_CACHE", str(tmp_path / "again"))
     _share_catalogues(tmp_path / "again", monkeypatch)
-    whole = simulate(synthetic, survey, 2 * CHUNK, seed=11, processes=1)
+    whole = simulate(synthetic, survey, 2 * CHUNK, 1, seed=11, processes=1)
     np.testing.assert_array_equal(resumed.stamps["LSST"], whole.stamps["LSST"])
 
 

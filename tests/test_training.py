@@ -73,15 +73,16 @@ def test_decoder_is_bit_identical_after_deblender_training(synthetic):
         np.testing.assert_array_equal(before, after.numpy())
     assert not np.array_equal(encoder[4], network.deblender.weights[4].numpy())
     assert network.images_seen == {"vae": 32, "deblender": 32}
-    assert history.losses["loss"][-1] > 0
+    assert history.curve["val_images"] == [32] and history.curve["val_loss"][0] > 0
 
 
 def test_training_lowers_the_loss(synthetic, blends, normalisation):
     model = networks.vae(6, seed=1)
     few = blends.take(np.arange(16))
     batches = training.Batches(few, normalisation, 8, augment=False)
-    losses = training.fit(model, batches, None, epochs=15, verbose=0).losses["loss"]
-    assert losses[-1] < 0.9 * losses[0]
+    curve = training.fit(model, batches, None, epochs=15, verbose=0).curve
+    assert curve["images"][-1] == 15 * 16
+    assert curve["loss"][-1] < 0.9 * curve["loss"][0]
 
 
 def test_another_survey_starts_from_trained_bands(synthetic):

@@ -23,6 +23,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
@@ -73,7 +74,7 @@ def run(chapter: Chapter, parameters: dict, build: Path, **options) -> NotebookN
     }
     nbformat.write(executed, partial)
     os.replace(partial, path)
-    return executed
+    return nbformat.read(path, as_version=4)  # what a later run will see, to the byte
 
 
 @contextlib.contextmanager
@@ -229,6 +230,8 @@ def main() -> None:
     try:
         parameters = parameters_of(args, ROOT)
         build_book(ROOT, args.build.resolve(), args.chapters, parameters)
+    except DeadKernelError:
+        sys.exit("error: the kernel died, most often because memory ran out")
     except (ValueError, OSError, RuntimeError, PapermillExecutionError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -71,7 +71,7 @@ def ellipticities(
 
     `stamps` (scene, y, x) in electrons. Returns e (scene, component), of modulus
     (a - b) / (a + b), and a reason a scene: empty, or why its row is NaN: "non-positive
-    flux", "ksb failed: ..." or "|e| > 1".
+    flux", "ksb failed: ..." or "``|e|`` > 1".
     Arcelin et al. 2021, section 4.1; Kaiser, Squires & Broadhurst 1995 (`galsim.hsm`).
     """
     measured = [_ksb(stamp, instrument) for stamp in stamps]
@@ -171,7 +171,7 @@ def b_total(centred: np.ndarray, total: np.ndarray) -> np.ndarray:
 def errors(measured: Table, target: Table, band: str = "r") -> Table:
     """Errors, output minus target, of two tables of `measure` on the same scenes.
 
-    Columns `de1`, `de2`, `de` (on the modulus |e|), `d<band>` (AB magnitude; negative:
+    Columns `de1`, `de2`, `de` (of the modulus), `d<band>` (AB magnitude; negative:
     too bright), NaN where either side failed, and `ok`, true where none of them is NaN.
     Raises ValueError if the tables have different lengths. Arcelin et al. 2021, 4.1.
     """

@@ -338,31 +338,22 @@ def architecture(encoder: Any, decoder: Any, frozen: bool = False) -> Figure:
 
 
 @plt.rc_context(STYLE)
-def training_curve(
-    histories: Mapping[str, Mapping[str, Sequence[float]]], key: str = "loss"
-) -> Figure:
-    """Training and validation loss against epoch, a panel a network.
+def training_curve(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Training and validation loss against images seen, a panel a network.
 
-    `histories`: label to the dictionary of lists of a Keras history, with `key` and
-    `val_<key>`. Each has its own axis: a loss sums over the pixels of all its bands.
+    `curves`: label to the `curve` of a `training.History`. Each has its own axis: a
+    loss sums over the pixels of all its bands.
     """
-    fig, axes = _figure(1, len(histories), 3.0)
-    for ax, (label, style) in zip(
-        axes[0], _styles(list(histories)).items(), strict=True
-    ):
-        for name, values, line, fill in (
-            ("training", histories[label][key], "-o", style["color"]),
-            ("validation", histories[label].get(f"val_{key}", []), "--s", "white"),
-        ):
-            epochs = np.arange(1, len(values) + 1)
-            look = {"color": style["color"], "mfc": fill, "label": name}
-            ax.plot(epochs, values, line, ms=4 if len(epochs) < 30 else 0, **look)
-        ax.set(title=label, xlabel="epoch")
-        last = len(histories[label][key])
-        ax.set_xlim(0.5, last + 0.5)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(last, 6)))
+    fig, axes = _figure(1, len(curves), 3.0)
+    for ax, (label, style) in zip(axes[0], _styles(list(curves)).items(), strict=True):
+        curve, color = curves[label], style["color"]
+        ax.plot(curve["images"], curve["loss"], "-", color=color, label="training")
+        look = {"color": "black", "mfc": "white", "label": "validation"}
+        ax.plot(curve["val_images"], curve["val_loss"], "s", **look)
+        ax.set(title=label, xlabel="images seen", xlim=(0, None))
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         ax.legend(frameon=False)
-    axes[0, 0].set_ylabel(f"{key} (nats a stamp)")
+    axes[0, 0].set_ylabel("loss (nats a stamp)")
     return fig
 
 
@@ -520,7 +511,7 @@ def ellipticity_components(
     n_bins: int = 8,
     min_galaxies: int = 5,
 ) -> Figure:
-    """Errors on e1, e2 and |e| in bins of each, and mean offsets in the plane (Fig. 4).
+    """Errors on e1, e2 and the modulus in bins of each, and mean offsets (Fig. 4).
 
     `ellipticities`: label to input and output, each (galaxy, component). Arrows go from
     the mean input to the mean output of the galaxies of a cell, on the scale of the
@@ -608,7 +599,7 @@ def posterior(
     field: float | None = None,
     bins: int = 40,
 ) -> Figure:
-    """Errors on |e| and r over posterior draws, a row a scene, as in Fig. C1.
+    """Errors on ``|e|`` and r over posterior draws, a row a scene, as in Fig. C1.
 
     `images` (scene, y, x), or (scene, y, x, 3) from `rgb`; `de` and `dr`: label to
     (scene, draw); `targets` (scene, 2) and `neighbours` (scene, galaxy, 2) in arcsec.
@@ -694,7 +685,7 @@ def record(stem: str, **numbers: Any) -> dict[str, Any]:
     """
     for name, value in numbers.items():
         if isinstance(value, int | float | str):
-            _glue(name, value)
+            _glue(name, _plain(value))
     kept = _recorded.setdefault(stem, {})
     kept |= {name: _plain(value) for name, value in numbers.items()}
     if os.environ.get("DEBLENDER_BUILD"):

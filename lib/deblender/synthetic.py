@@ -332,7 +332,7 @@ def write_stamps(folder: Path, n_galaxies: int = 1000, seed: int = 2022) -> None
     correlation = fits.getdata(Path(galsim.meta_data.share_dir) / NOISE).astype(float)
 
     stamps = []
-    for i in tqdm(range(n_galaxies), "HST-like stamps", disable=None):
+    for i in tqdm(range(n_galaxies), "HST-like stamps"):
         image = _observe(rng, profiles[i], psfs[catalogue["PSF_HDU"][i]], strength[i])
         photons = np.maximum(image, 0) / (EXPOSURE * CORRELATED)
         sigma = np.sqrt(catalogue["NOISE_VARIANCE"][i] + photons)

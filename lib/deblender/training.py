@@ -110,11 +110,50 @@ def swap_neighbours(
 
 @dataclass
 class History:
-    """What `fit` returns: losses by epoch, images seen, seconds."""
+    """How a training went: seconds, images seen, and losses against images seen.
 
-    losses: dict[str, list[float]] = field(default_factory=dict)
+    `curve` has `images` and the training `loss` averaged between them, and at the end
+    of each epoch `val_images` and `val_loss` (nats a stamp).
+    """
+
+    curve: dict[str, list[float]] = field(default_factory=dict)
     images_seen: int = 0
     seconds: float = 0.0
+
+
+class Curve(keras.callbacks.Callback):
+    """Keeps the loss of a training in some forty points, and that of each epoch."""
+
+    def __init__(self, batches: Batches, epochs: int):
+        super().__init__()
+        self.batches = batches
+        self.every = max(len(batches) * epochs // 40, 1)
+        self.steps = 0
+        self.kept: dict[str, list] = {
+            name: [] for name in ("images", "loss", "val_images", "val_loss")
+        }
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self.before, self.total_before = 0, 0.0
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self.steps += 1
+        if self.steps % self.every == 0:
+            # Keras reports the mean since the epoch began.
+            total = logs["loss"] * (batch + 1)
+            mean = (total - self.total_before) / (batch + 1 - self.before)
+            self.kept["images"].append(self._images())
+            self.kept["loss"].append(round(float(mean), 2))
+            self.before, self.total_before = batch + 1, total
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if "val_loss" in logs:
+            self.kept["val_images"].append(self._images())
+            self.kept["val_loss"].append(round(float(logs["val_loss"]), 2))
+
+    def _images(self) -> int:
+        epochs, steps = divmod(self.steps, len(self.batches))
+        return epochs * len(self.batches.scenes) + steps * self.batches.batch_size
 
 
 def fit(
@@ -127,8 +166,7 @@ def fit(
 ) -> History:
     """Train with Adam, a short warm-up and a cosine decay to zero.
 
-    Only what `model` leaves trainable changes. Returns the losses of each epoch, the
-    number of images seen and the seconds taken.
+    Only what `model` leaves trainable changes.
     """
     steps = epochs * len(batches)
     warm_up = min(WARM_UP, steps // 10)
@@ -139,12 +177,16 @@ def fit(
         warmup_steps=warm_up,
     )
     model.compile(keras.optimizers.Adam(schedule), loss=cross_entropy)
-    start = time.monotonic()
-    fitted = model.fit(
-        batches, validation_data=validation, epochs=epochs, verbose=verbose
+    start, curve = time.monotonic(), Curve(batches, epochs)
+    model.fit(
+        batches,
+        validation_data=validation,
+        epochs=epochs,
+        callbacks=[curve],
+        verbose=verbose,
     )
-    losses = {name: list(map(float, v)) for name, v in fitted.history.items()}
-    return History(losses, epochs * len(batches.scenes), time.monotonic() - start)
+    images_seen = epochs * len(batches.scenes)
+    return History(curve.kept, images_seen, time.monotonic() - start)
 
 
 def train_vae(
@@ -262,12 +304,11 @@ def _describe(catalogue: Catalogue) -> dict[str, str | bool]:
 
 
 def _summary(history: History, n_train: int, epochs: int, learning_rate: float) -> dict:
-    rounded = {k: [round(v, 3) for v in each] for k, each in history.losses.items()}
     return {
         "scenes": n_train,
         "epochs": epochs,
         "images_seen": history.images_seen,
         "schedule": f"Adam {learning_rate:g}, warm-up, cosine decay to zero",
         "seconds": round(history.seconds),
-        "history": rounded,
+        "curve": history.curve,
     }
