@@ -668,6 +668,13 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def show(columns: Mapping[str, Sequence]) -> Any:
+    """Columns by title, as a table of a notebook."""
+    from IPython.display import HTML  # there in every notebook, not in every script
+
+    return HTML("".join(Table(columns).pformat(html=True, show_dtype=False)))
+
+
 def _glue(name: str, value: int | float | str) -> None:
     try:
         from myst_nb import glue
