@@ -193,6 +193,9 @@ def build_book(root: Path, build: Path, names: list[str], parameters: dict) -> N
     for chapter in chosen:
         check_parameters(chapter, parameters.get(chapter.name, {}))
     os.environ.update(KERNEL_ENVIRONMENT, DEBLENDER_BUILD=str(build))
+    real = root.parent / "shared" / "data" / "cosmos"
+    if real.is_dir():  # real galaxies to hold the synthetic ones against
+        os.environ.setdefault("COSMOS_DIR", str(real))
     executed = {}
     for i, chapter in enumerate(chosen, start=1):
         label = f"[{i}/{len(chosen)}] {chapter.name}"
