@@ -8,7 +8,6 @@ those stamps and the fluxes; bands and noise are composed from them when asked f
 import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -550,8 +549,3 @@ def _stamp_file(folder: Path, instrument: str) -> Path:
 
 def _chunk(folder: Path, start: int) -> Path:
     return folder / f"chunk-{start:08d}.npz"
-
-
-def clear_cache() -> None:
-    """Delete every cached set of scenes; they are drawn again when asked for."""
-    shutil.rmtree(cache_folder() / "scenes", ignore_errors=True)
