@@ -19,8 +19,8 @@ SMALLEST_WIDTH = 1e-6  # keeps the logarithm of the KL divergence finite
 # A sigmoid of this is close to the mean normalised pixel, so that training does not
 # begin by learning that most of a stamp is empty sky.
 EMPTY_SKY = -4.0
-# He et al. 2015, who introduced PReLU: with the default of Keras the signal fades from
-# layer to layer, and the decoder is slow to notice its latent vector.
+# Initial weights and slope of He et al. 2015, who introduced PReLU; Arcelin et al. name
+# none. In one trial of each, both together learnt faster than the defaults of Keras.
 DENSE = {"kernel_initializer": "he_normal"}
 CONVOLUTION = DENSE | {"padding": "same"}
 LEAK = 0.25
