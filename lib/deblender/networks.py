@@ -139,7 +139,9 @@ class Autoencoder(keras.Model):
 
 
 def vae(n_bands: int, seed: int | None = None) -> Autoencoder:
-    """A VAE of the paper's architecture with fresh weights."""
+    """A VAE of the paper's architecture with fresh weights, the same for a seed."""
+    if seed is not None:
+        keras.utils.set_random_seed(seed)  # of the initial weights
     return Autoencoder(encoder(n_bands), decoder(n_bands), seed=seed)
 
 
