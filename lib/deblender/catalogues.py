@@ -13,6 +13,7 @@ import galsim
 import numpy as np
 import platformdirs
 import speclite.filters
+from astropy.io import fits
 from astropy.table import Table
 
 from . import synthetic
@@ -152,9 +153,7 @@ def catalogue(name: str | os.PathLike = "synthetic", real: bool = False) -> Cata
     folder = _synthetic(real) if str(name) == "synthetic" else Path(name)
     found = sorted(folder.glob("real_galaxy_catalog_*.fits"))
     mains = [f for f in found if not f.stem.endswith(("_fits", "_selection"))]
-    mains = [f for f in mains if real or _has_fits(f)]
-    if real:
-        mains = [f for f in mains if _has_images(f)]
+    mains = list(filter(_has_images if real else _has_fits, mains))
     if not mains:
         raise ValueError(
             f"catalogue {str(name)!r}: no real_galaxy_catalog_*.fits with "
@@ -179,8 +178,10 @@ def _fits_of(main: Path) -> Path:
 
 
 def _has_fits(main: Path) -> bool:
-    fits = _fits_of(main)
-    return fits.is_file() and "sersicfit" in Table.read(fits).colnames
+    if not (file := _fits_of(main)).is_file():
+        return False
+    with fits.open(file) as tables:  # names only: the table has 81,500 rows
+        return "sersicfit" in tables[1].columns.names
 
 
 def _has_images(main: Path) -> bool:
@@ -190,7 +191,7 @@ def _has_images(main: Path) -> bool:
 
 def _read(name: str, main: Path, real: bool) -> Catalogue:
     digest = hashlib.sha256(main.read_bytes() + _fits_of(main).read_bytes()).hexdigest()
-    fits = Table.read(_fits_of(main))
+    profiles = Table.read(_fits_of(main))
     if real:
         source = galsim.RealGalaxyCatalog(main.name, dir=str(main.parent))
         rows = np.arange(source.nobjects)
@@ -203,36 +204,37 @@ def _read(name: str, main: Path, real: bool) -> Catalogue:
             exclusion_level="bad_fits" if selected else "none",
         )
         rows = source.orig_index
-    fits = fits[rows]
-    f814w = "mag_auto" if "mag_auto" in fits.colnames else None
-    magnitude = fits[f814w] if f814w else Table.read(main)["MAG"][rows]
-    redshift = fits["zphot" if "zphot" in fits.colnames else "ZPHOT"]
+    profiles = profiles[rows]
+    if "mag_auto" in profiles.colnames:
+        magnitude, redshift = profiles["mag_auto"], profiles["zphot"]
+    else:  # an extension of the sample that has images and no fits
+        magnitude, redshift = Table.read(main)["MAG"][rows], profiles["ZPHOT"]
     return Catalogue(
         name,
         real,
         digest,
         np.asarray(magnitude, dtype=float),
         np.clip(np.asarray(redshift, dtype=float), 0, None),
-        _template_fractions(fits),
+        _template_fractions(profiles),
         source,
     )
 
 
-def _template_fractions(fits: Table) -> np.ndarray:
+def _template_fractions(profiles: Table) -> np.ndarray:
     """Share of the flux with each template, by the rule of `galsim.COSMOSCatalog`.
 
     A Sérsic fit is disc, intermediate or bulge as n < 1.5, < 3 or more; of a bulge and
     disc fit each has its own. Without fits all is intermediate.
     """
-    fractions = np.zeros((len(fits), len(TEMPLATES)))  # (galaxy, template)
-    if "sersicfit" not in fits.colnames:
+    fractions = np.zeros((len(profiles), len(TEMPLATES)))  # (galaxy, template)
+    if "sersicfit" not in profiles.colnames:
         fractions[:, INTERMEDIATE] = 1
         return fractions
-    index = np.asarray(fits["sersicfit"])[:, 2]
+    index = np.asarray(profiles["sersicfit"])[:, 2]
     template = np.select([index < 1.5, index < 3], [DISC, INTERMEDIATE], BULGE)
-    fractions[np.arange(len(fits)), template] = 1
-    flux = np.asarray(fits["flux"])
-    both = np.asarray(fits["use_bulgefit"], dtype=bool)
+    fractions[np.arange(len(profiles)), template] = 1
+    flux = np.asarray(profiles["flux"])
+    both = np.asarray(profiles["use_bulgefit"], dtype=bool)
     bulge = flux[both, 1] / (flux[both, 1] + flux[both, 2])
     fractions[both] = 0
     fractions[both, BULGE], fractions[both, DISC] = bulge, 1 - bulge

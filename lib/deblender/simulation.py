@@ -348,7 +348,7 @@ class _Painter:
     ) -> tuple[float, float] | None:
         """Pixel intersection nearest to the brightest 5-sigma peak in r, arcsec."""
         band = self.survey.reference
-        unit = self._draw(scene, band.instrument, DETECTION_SIZE)
+        unit = self._draw(self._profiles(scene), band.instrument, DETECTION_SIZE)
         flux = band.electrons(self.magnitudes[scene.rows, self.survey.index(band.name)])
         image = np.tensordot(flux, unit, axes=1)  # (y, x)
         noisy = rng.poisson(np.maximum(image, 0) + band.sky_electrons)
@@ -372,28 +372,39 @@ class _Painter:
         order = np.concatenate([[target], np.delete(np.arange(len(dx)), target)])
         return _Scene(scene.rows[order], scene.angles[order], dx[order], dy[order])
 
-    def _draw(self, scene: _Scene, instrument: Instrument, size: int) -> np.ndarray:
-        """Unit-flux images of the galaxies of a scene through one instrument."""
-        stamps = np.empty((len(scene.rows), size, size), dtype=np.float32)
-        for k, row in enumerate(scene.rows):
-            profile = self.catalogue.profile(row).rotate(
-                scene.angles[k] * galsim.radians
-            )
-            profile = profile.shear(g1=self.task.shear[0], g2=self.task.shear[1])
-            profile = profile.shift(scene.dx[k], scene.dy[k])
-            image = galsim.Image(stamps[k], scale=instrument.pixel_scale)
+    def _profiles(self, scene: _Scene) -> list[galsim.GSObject]:
+        """The galaxies of a scene before the PSF, turned, sheared and in place."""
+        g1, g2 = self.task.shear
+        placed = []
+        for row, angle, dx, dy in zip(
+            scene.rows, scene.angles, scene.dx, scene.dy, strict=True
+        ):
+            profile = self.catalogue.profile(row).rotate(angle * galsim.radians)
+            placed.append(profile.shear(g1=g1, g2=g2).shift(dx, dy))
+        return placed
+
+    def _draw(
+        self, profiles: list[galsim.GSObject], instrument: Instrument, size: int
+    ) -> np.ndarray:
+        """Unit-flux images of galaxies through one instrument."""
+        stamps = np.empty((len(profiles), size, size), dtype=np.float32)
+        for stamp, profile in zip(stamps, profiles, strict=True):
+            image = galsim.Image(stamp, scale=instrument.pixel_scale)
             galsim.Convolve(profile, self.psfs[instrument]).drawImage(image)
         return stamps  # (galaxy, y, x)
 
     def paint(self, start: int, counts: np.ndarray) -> tuple[dict, np.ndarray, Table]:
         """Stamps (float16, per instrument), fluxes and truth of consecutive scenes."""
         scenes = [self.arrange(start + i, int(n)) for i, n in enumerate(counts)]
-        stamps = {}
-        for instrument in self.survey.instruments:
-            unit = [self._draw(s, instrument, STAMP_SIZE) for s in scenes]
-            stamps[instrument.name] = (np.concatenate(unit) * STAMP_SCALE).astype(
-                np.float16
-            )
+        unit = {instrument: [] for instrument in self.survey.instruments}
+        for scene in scenes:
+            profiles = self._profiles(scene)  # read and deconvolved once, drawn thrice
+            for instrument, drawn in unit.items():
+                drawn.append(self._draw(profiles, instrument, STAMP_SIZE))
+        stamps = {
+            instrument.name: (np.concatenate(drawn) * STAMP_SCALE).astype(np.float16)
+            for instrument, drawn in unit.items()
+        }
         rows = np.concatenate([s.rows for s in scenes])
         flux = np.stack(
             [

@@ -16,6 +16,7 @@ from .weights import Network
 BATCH_SIZE = 16
 LEARNING_RATE = 1e-3
 WARM_UP = 100  # steps
+CONSTANTS_FROM = 2000  # scenes, enough for the means of eq. 4
 
 
 class Batches(keras.utils.PyDataset):
@@ -211,10 +212,10 @@ def train_vae(
         catalogue, survey, n_validation, 1, centring, seed, "validation"
     )
     model = vae(len(survey.bands), seed=seed)
-    if start is None:
-        normalisation = fit_normalisation(train.take(np.arange(min(n_train, 2000))))
-    else:
-        normalisation = _start_from(start, survey, model, train)
+    few = train.take(np.arange(min(n_train, CONSTANTS_FROM)))
+    normalisation = fit_normalisation(few)
+    if start is not None:
+        normalisation = _start_from(start, survey, model, normalisation)
     history = fit(
         model,
         Batches(train, normalisation, seed=seed),
@@ -282,17 +283,20 @@ def train_deblender(
 
 
 def _start_from(
-    start: Network, survey: Survey, model: Autoencoder, train: Scenes
+    start: Network, survey: Survey, model: Autoencoder, fresh: Normalisation
 ) -> Normalisation:
-    """Copy the weights and normalisation constants of the bands that both have."""
+    """Copy the weights and normalisation constants of the bands that both have.
+
+    Of the bands that only the new survey has, the constants of `fresh` are kept.
+    """
     both = [name for name in survey.band_names if name in start.survey.band_names]
     old = [start.survey.index(name) for name in both]
     new = [survey.index(name) for name in both]
     transplant(start.encoder, model.encoder, old, new)
     transplant(start.decoder, model.decoder, old, new)
-    fresh = fit_normalisation(train.take(np.arange(min(len(train), 2000))))
-    fresh.scale[new] = start.normalisation.scale[old]
-    return fresh
+    scale = fresh.scale.copy()
+    scale[new] = start.normalisation.scale[old]
+    return replace(fresh, scale=scale)
 
 
 def _describe(catalogue: Catalogue) -> dict[str, str | bool]:
