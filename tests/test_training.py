@@ -5,6 +5,8 @@ import pytest
 
 import deblender
 from deblender import networks, training
+from deblender.batches import Batches, dihedral, swap_neighbours
+from deblender.fitting import fit
 from deblender.normalisation import Normalisation
 
 
@@ -20,7 +22,7 @@ def normalisation():
 
 def test_dihedral_gives_eight_different_images():
     image = np.random.default_rng(1).normal(size=(1, 5, 5, 2))
-    eight = training.dihedral(np.repeat(image, 8, axis=0), np.arange(8))
+    eight = dihedral(np.repeat(image, 8, axis=0), np.arange(8))
     assert len({turned.tobytes() for turned in eight}) == 8
     np.testing.assert_allclose(
         eight.sum(axis=(1, 2)), image.sum(axis=(1, 2)).repeat(8, 0)
@@ -28,7 +30,7 @@ def test_dihedral_gives_eight_different_images():
 
 
 def test_batches_without_augmentation_are_the_scenes(blends, normalisation):
-    batches = training.Batches(blends, normalisation, batch_size=16, augment=False)
+    batches = Batches(blends, normalisation, batch_size=16, augment=False)
     pairs = [batches[i] for i in range(len(batches))]
     clean = np.concatenate([y for _, y in pairs])
     expected = np.maximum(normalisation.forward(blends.target), 0)
@@ -39,12 +41,12 @@ def test_batches_without_augmentation_are_the_scenes(blends, normalisation):
 
 
 def test_each_epoch_has_fresh_noise_and_order(blends, normalisation):
-    batches = training.Batches(blends, normalisation, batch_size=16, seed=4)
+    batches = Batches(blends, normalisation, batch_size=16, seed=4)
     first, order = batches[0][0], batches.order.copy()
     batches.on_epoch_end()
     assert not np.array_equal(first, batches[0][0])
     assert not np.array_equal(order, batches.order)
-    twin = training.Batches(blends, normalisation, batch_size=16, seed=4)
+    twin = Batches(blends, normalisation, batch_size=16, seed=4)
     np.testing.assert_array_equal(first, twin[0][0])
 
 
@@ -52,7 +54,7 @@ def test_swapped_neighbours_leave_targets_brightest(blends):
     slots = range(1, 4)
     rows = np.array([blends.neighbour_rows(s) for s in slots])
     before = rows.copy()
-    training.swap_neighbours(blends, rows, np.random.default_rng(1))
+    swap_neighbours(blends, rows, np.random.default_rng(1))
     assert not np.array_equal(rows, before)
     np.testing.assert_array_equal(np.sort(rows, axis=None), np.sort(before, axis=None))
     np.testing.assert_array_equal(rows >= 0, before >= 0)
@@ -63,10 +65,10 @@ def test_swapped_neighbours_leave_targets_brightest(blends):
 
 def test_decoder_is_bit_identical_after_deblender_training(synthetic):
     survey = deblender.survey("lsst")
-    prior, _ = training.train_vae(synthetic, survey, 32, 16, 1, verbose=0)
+    prior, _ = training.train_vae(synthetic, survey, 32, 16, 1)
     decoder = [w.numpy().copy() for w in prior.decoder.weights]
     encoder = [w.numpy().copy() for w in prior.encoder.weights]
-    network, history = training.train_deblender(prior, synthetic, 32, 16, 1, verbose=0)
+    network, history = training.train_deblender(prior, synthetic, 32, 16, 1)
     for before, after in zip(decoder, network.decoder.weights, strict=True):
         np.testing.assert_array_equal(before, after.numpy())
     for before, after in zip(encoder, network.encoder.weights, strict=True):
@@ -79,22 +81,25 @@ def test_decoder_is_bit_identical_after_deblender_training(synthetic):
 def test_training_lowers_the_loss(synthetic, blends, normalisation):
     model = networks.vae(6, seed=1)
     few = blends.take(np.arange(16))
-    batches = training.Batches(few, normalisation, 8, augment=False)
-    curve = training.fit(model, batches, None, epochs=15, verbose=0).curve
+    batches = Batches(few, normalisation, 8, augment=False)
+    curve = fit(model, batches, None, epochs=15).curve
     assert curve["images"][-1] == 15 * 16
     assert curve["loss"][-1] < 0.9 * curve["loss"][0]
 
 
 def test_another_survey_starts_from_trained_bands(synthetic):
-    prior, _ = training.train_vae(
-        synthetic, deblender.survey("lsst"), 16, 16, 1, verbose=0
-    )
+    prior, _ = training.train_vae(synthetic, deblender.survey("lsst"), 16, 16, 1)
     ten, _ = training.train_vae(
-        synthetic, deblender.survey("lsst+euclid"), 16, 16, 1, verbose=0,
+        synthetic, deblender.survey("lsst+euclid"), 16, 16, 1,
         start=prior, learning_rate=0.0,
     )  # fmt: skip
     z = np.random.default_rng(1).standard_normal((2, 32)).astype("f4")
     np.testing.assert_allclose(ten.decoder(z)[..., :6], prior.decoder(z), atol=1e-6)
+    stamps = np.random.default_rng(2).normal(size=(2, 64, 64, 10)).astype("f4")
+    for old, new in zip(
+        prior.encoder(stamps[..., :6]), ten.encoder(stamps), strict=True
+    ):
+        np.testing.assert_allclose(new, old, atol=1e-5)
     np.testing.assert_array_equal(
         ten.normalisation.scale[:6], prior.normalisation.scale
     )

@@ -35,6 +35,6 @@ __all__ = [
 def __getattr__(name: str):
     if name == "load":
         return import_module(".weights", __name__).load
-    if name in ("networks", "training", "weights", "plotting"):
+    if name in ("networks", "plotting", "training", "weights"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

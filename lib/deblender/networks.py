@@ -16,6 +16,7 @@ FILTERS = (32, 64, 128, 256)
 HIDDEN = 256
 KL_WEIGHT = 1e-2  # the beta of section 3.2
 SMALLEST_WIDTH = 1e-6  # keeps the logarithm of the KL divergence finite
+SMALLEST_CODE_WIDTH = 1e-3  # the same for the likelihood of a code
 # A sigmoid of this is close to the mean normalised pixel, so that training does not
 # begin by learning that most of a stamp is empty sky.
 EMPTY_SKY = -4.0
@@ -95,6 +96,22 @@ def cross_entropy(target, output):
     return ops.sum(losses, axis=(1, 2, 3))
 
 
+def side_by_side(encoder: keras.Model) -> keras.Model:
+    """The encoder with mean and width in one output (batch, 2 * latent)."""
+    return keras.Model(encoder.input, ops.concatenate(encoder.outputs, axis=-1))
+
+
+def latent_likelihood(code, latent):
+    """Minus the logarithm of the likelihood of a code, up to a constant, in nats.
+
+    `code` (batch, latent); `latent` (batch, 2 * latent), mean and width of a Gaussian;
+    returns (batch,).
+    """
+    mean, width = ops.split(latent, 2, axis=-1)
+    width = ops.maximum(width, SMALLEST_CODE_WIDTH)
+    return ops.sum(ops.log(width) + 0.5 * ops.square((code - mean) / width), axis=-1)
+
+
 class Sampling(layers.Layer):
     """Draw from the latent Gaussian: mean + width * standard normal."""
 
@@ -167,7 +184,8 @@ def transplant(
     """Start `target` from the weights of `source`, a network of other bands.
 
     Weights of the same shape are copied; of those with a band axis, the bands that both
-    have (`from_bands` of the source are `to_bands` of the target).
+    have (`from_bands` of the source are `to_bands` of the target). Kernels of the other
+    bands begin at zero, so that the target at first says what the source says.
     """
     for old, new in zip(source.weights, target.weights, strict=True):
         values = ops.convert_to_numpy(new).copy()
@@ -177,5 +195,6 @@ def transplant(
         else:
             axis = next(i for i, n in enumerate(old.shape) if n != values.shape[i])
             place = (slice(None),) * axis
+            values *= values.ndim == 1  # a bias or a statistic stays as it is
             values[(*place, to_bands)] = old[(*place, from_bands)]
         new.assign(values)

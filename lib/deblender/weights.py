@@ -10,6 +10,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as dump_safetensors
 
@@ -124,7 +125,7 @@ def save(
             continue
         name = share.get(part, f"{part}.safetensors")
         if part not in share:
-            _write(folder / name, _dump(model))
+            write_whole(folder / name, _dump(model))
         files[part] = {"file": name, "sha256": _sha256((folder / name).read_bytes())}
     card = network.card | {
         "survey": network.survey.name,
@@ -136,7 +137,7 @@ def save(
         "parts": files,
         "software": software(),
     }
-    _write(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
+    write_whole(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
 
 
 def load(name: str | os.PathLike, expect_survey: str | None = None) -> Network:
@@ -217,11 +218,37 @@ def _fill(model: keras.Model, folder: Path, part: dict) -> None:
     model.set_weights([v.astype(np.float32) for v in values])
 
 
+def dump_variables(variables: list[keras.Variable], state: dict) -> bytes:
+    """Variables in full precision and a JSON state, as the bytes of one file."""
+    values = {
+        f"{i:04d}": keras.ops.convert_to_numpy(v) for i, v in enumerate(variables)
+    }
+    return dump_safetensors(values, metadata={"state": json.dumps(state)})
+
+
+def fill_variables(variables: list[keras.Variable], file: Path) -> dict:
+    """Assign what `dump_variables` wrote to variables; returns the state.
+
+    Raises ValueError if `file` holds variables of other shapes.
+    """
+    with safe_open(file, "np") as content:
+        values = [content.get_tensor(key) for key in sorted(content.keys())]
+        state = json.loads(content.metadata()["state"])
+    if [v.shape for v in values] != [tuple(v.shape) for v in variables]:
+        raise ValueError(
+            f"{file} holds {len(values)} variables of another model; accepted: "
+            f"{len(variables)} of this one"
+        )
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+    return state
+
+
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _write(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as scratch:
         scratch.write(content)

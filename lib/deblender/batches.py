@@ -1,0 +1,138 @@
+"""Batches of training pairs, composed on the fly from unit-flux stamps."""
+
+import keras
+import numpy as np
+
+from .normalisation import Normalisation
+from .principal import PrincipalCode
+from .simulation import Scenes, add_noise
+
+BATCH_SIZE = 16
+CODE_NOISE = 0.05  # keeps neighbouring codes decoding to neighbouring galaxies
+
+
+class Batches(keras.utils.PyDataset):
+    """Pairs of normalised (noisy blend, noiseless target) for `fit`.
+
+    With `augment`, each epoch draws fresh Poisson noise and one of the eight flips and
+    rotations for each image (section 2.1.2), in a fresh order. `swap_neighbours`, for
+    exact centring, also exchanges neighbours between scenes at each epoch, so that no
+    blend is seen twice. Without `augment` every epoch gives the same arrays.
+    """
+
+    def __init__(
+        self,
+        scenes: Scenes,
+        normalisation: Normalisation,
+        batch_size: int = BATCH_SIZE,
+        seed: int = 0,
+        augment: bool = True,
+        swap_neighbours: bool = False,
+    ):
+        super().__init__(workers=1, use_multiprocessing=False, max_queue_size=4)
+        self.scenes, self.normalisation = scenes, normalisation
+        self.batch_size, self.seed = batch_size, seed
+        self.augment, self.swap_neighbours = augment, swap_neighbours
+        slots = range(1, int(scenes.counts.max(initial=1)))
+        rows = [scenes.neighbour_rows(slot) for slot in slots]
+        self.neighbours = np.array(rows, dtype=int).reshape(len(rows), len(scenes))
+        self.epoch = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        n = len(self.scenes)
+        self.order = rng.permutation(n) if self.augment else np.arange(n)
+        if self.swap_neighbours:
+            swap_neighbours(self.scenes, self.neighbours, rng)
+
+    def __len__(self) -> int:
+        return -(-len(self.scenes) // self.batch_size)
+
+    def on_epoch_end(self) -> None:
+        if self.augment:
+            self.epoch += 1
+            self._begin()
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        target, blend, rng = self.draw(index)
+        return self.noisy(blend, rng), self.clean(target)
+
+    def draw(self, index: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+        """Noiseless targets and blends of a batch in electrons, and its generator."""
+        chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+        epoch = self.epoch if self.augment else 0
+        rng = np.random.default_rng([self.seed, epoch, 1 + index])
+        target = self.scenes.compose(self.scenes.first[chosen])  # (batch, y, x, band)
+        blend = target.copy()
+        for rows in self.neighbours:
+            blend += self.scenes.compose(rows[chosen])
+        if self.augment:
+            turns = rng.integers(8, size=len(chosen))
+            target, blend = dihedral(target, turns), dihedral(blend, turns)
+        return target, blend, rng  # (batch, y, x, band)
+
+    def noisy(self, blend: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Normalised stamps with noise, what an encoder reads."""
+        noisy = add_noise(blend, self.scenes.survey.sky, rng)
+        return self.normalisation.forward(noisy)
+
+    def clean(self, target: np.ndarray) -> np.ndarray:
+        """Normalised noiseless stamps, what a decoder should draw."""
+        # The Bernoulli likelihood wants them in [0, 1]; ringing may dip below.
+        return np.maximum(self.normalisation.forward(target), 0)
+
+
+class DecoderBatches(Batches):
+    """Pairs of (code, normalised noiseless target), which teach a decoder alone."""
+
+    def __init__(self, *args, code: PrincipalCode, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.code = code
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        target, _, rng = self.draw(index)
+        return self.codes(target, rng), self.clean(target)
+
+    def codes(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Codes of targets, with a little noise."""  # (batch, latent)
+        code = self.code(target)
+        return code + CODE_NOISE * rng.standard_normal(code.shape, dtype=np.float32)
+
+
+class EncoderBatches(DecoderBatches):
+    """Pairs of (normalised noisy blend, code of its target), to teach an encoder."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        target, blend, rng = self.draw(index)
+        return self.noisy(blend, rng), self.codes(target, rng)
+
+
+def dihedral(images: np.ndarray, elements: np.ndarray) -> np.ndarray:
+    """Apply to each square image (y, x, band) one of the eight symmetries, 0 to 7."""
+    turned = np.empty_like(images)  # (image, y, x, band)
+    for i, element in enumerate(elements):
+        image = np.rot90(images[i], element % 4)
+        turned[i] = image[:, ::-1] if element >= 4 else image
+    return turned
+
+
+def swap_neighbours(
+    scenes: Scenes, neighbours: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Exchange neighbours between scenes at random, in place.
+
+    `neighbours` (slot, scene) holds rows of galaxies, -1 where none. A pair is swapped
+    if both targets stay the brightest of their scenes in r: a symmetric move that
+    leaves the distribution of scenes as it was drawn.
+    """
+    slot, scene = np.nonzero(neighbours >= 0)
+    order = rng.permutation(len(slot))
+    half = len(order) // 2
+    a, b = order[:half], order[half : 2 * half]
+    r_flux = scenes.flux[:, scenes.survey.index("r")]
+    target = r_flux[scenes.first[:-1]]
+    row_a, row_b = neighbours[slot[a], scene[a]], neighbours[slot[b], scene[b]]
+    fits = (r_flux[row_a] < target[scene[b]]) & (r_flux[row_b] < target[scene[a]])
+    neighbours[slot[a][fits], scene[a][fits]] = row_b[fits]
+    neighbours[slot[b][fits], scene[b][fits]] = row_a[fits]
