@@ -67,6 +67,12 @@ def shear_biases() -> dict[str, Table]:
     return {"LSST target": table, "LSST deblended": table}
 
 
+def tables() -> dict[str, Table]:
+    rng = np.random.default_rng(7)
+    de, dr = rng.normal(0, 0.1, (2, N))
+    return dict.fromkeys(LABELS, Table({"snr": data()["snr"], "de": de, "dr": dr}))
+
+
 def draws() -> dict[str, np.ndarray]:
     return {label: np.random.default_rng(4).normal(size=(2, 50)) for label in LABELS}
 
@@ -94,9 +100,14 @@ FIGURES = {
     "ellipticity_components": lambda: plotting.ellipticity_components(
         {k: (data()["e_in"], e) for k, e in data()["e_out"].items()}
     ),
-    "error_boxes": lambda: plotting.error_boxes(**column(), ylim=(-1, 1)),
     "error_columns": lambda: plotting.error_columns(
-        [column(), column(x=dict.fromkeys(LABELS, data()["snr"]), log=False)]
+        [
+            column(ylim=(-1, 1)),
+            column(x=dict.fromkeys(LABELS, data()["snr"]), log=False),
+        ]
+    ),
+    "errors_against": lambda: plotting.errors_against(
+        tables(), "snr", np.geomspace(5, 500, 6), "S/N", log=True
     ),
     "bias_against_snr": lambda: plotting.bias_against_snr(biases()),
     "shear_bias": lambda: plotting.shear_bias(shear_biases()),
@@ -122,7 +133,7 @@ def text_of(fig: Figure) -> str:
         ("training_curve", [*LABELS, "images seen", "nats"]),
         ("corner", ["z_{5}", "prior"]),
         ("ellipticity_components", [*LABELS, "e_1", "e_2", "|e|", "error"]),
-        ("error_boxes", [*LABELS, "S/N", "galaxies", "median", "|e|"]),
+        ("errors_against", [*LABELS, "S/N", "galaxies", "median", "|e|", "mag"]),
         ("error_columns", [*LABELS, "S/N", "galaxies", "median"]),
         ("bias_against_snr", [*LABELS, "S/N", r"\alpha"]),
         ("shear_bias", ["LSST target", "component 2", "$m$ (%)", "$c$"]),
@@ -150,7 +161,7 @@ def test_text_is_large_enough_for_a_phone(name):
 
 def test_a_figure_leaves_the_style_of_the_reader_alone():
     before = dict(plt.rcParams)
-    FIGURES["error_boxes"]()
+    FIGURES["error_columns"]()
     assert dict(plt.rcParams) == before
 
 
@@ -222,7 +233,7 @@ def test_nothing_is_written_without_a_build_folder(tmp_path, monkeypatch):
 
 def test_a_figure_that_cannot_be_drawn_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv("DEBLENDER_BUILD", str(tmp_path))
-    fig = FIGURES["error_boxes"]()
+    fig = FIGURES["error_columns"]()
     monkeypatch.setattr(fig, "savefig", lambda file, **_: file.write(b"half") / 0)
     with pytest.raises(ZeroDivisionError):
         plotting.publish(fig, "fig-broken")

@@ -7,7 +7,7 @@ import pytest
 import deblender
 from deblender import simulation
 from deblender.catalogues import cache_folder
-from deblender.simulation import CHUNK, Scenes, add_noise, simulate
+from deblender.simulation import CHUNK, add_noise, simulate
 
 
 @pytest.fixture(scope="module")
@@ -224,12 +224,6 @@ def test_batches_and_take_keep_the_noise(blends):
     np.testing.assert_array_equal(some.noisy, blends.noisy[[7, 3]])
     joined = np.concatenate([b.target for b in blends.batches(50)])
     np.testing.assert_array_equal(joined, blends.target)
-
-
-def test_restricted_scenes_have_fewer_bands(blends):
-    lsst = blends.restrict(deblender.survey("lsst"))
-    assert isinstance(lsst, Scenes)
-    np.testing.assert_array_equal(lsst.blend, blends.blend[..., :6])
 
 
 @pytest.mark.parametrize(

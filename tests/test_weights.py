@@ -78,7 +78,7 @@ def test_another_survey_is_refused(network, tmp_path):
 
 
 def test_an_unknown_name_lists_what_there_is(tmp_path):
-    with pytest.raises(ValueError, match="no trained network 'des'; accepted: "):
+    with pytest.raises(ValueError, match="no trained network 'des' in .*accepted: "):
         deblender.load("des")
 
 
@@ -115,3 +115,11 @@ def test_published_networks_load(name):
     loaded = deblender.load(name)
     assert loaded.deblender is not None
     assert loaded.images_seen["deblender"] > 0
+
+
+def test_names_in_a_folder_are_those_of_that_folder_alone(network, tmp_path):
+    weights.save(network, tmp_path / "mine")
+    loaded = deblender.load("mine", folder=tmp_path)
+    assert loaded.survey.name == "lsst"
+    with pytest.raises(ValueError, match="'lsst' in .*; accepted: mine, or a folder"):
+        deblender.load("lsst", folder=tmp_path)

@@ -454,9 +454,13 @@ def _error_column(
 
 @plt.rc_context(STYLE)
 def error_columns(columns: Sequence[Mapping[str, Any]]) -> Figure:
-    """Error distributions side by side, a column each: Figs 5 to 7.
+    """Histogram of x, errors in bins of x, and their medians: Figs 5 to 7.
 
-    A column is a dictionary of the arguments of `error_boxes`; all have equal labels.
+    Each column is a dictionary: `errors`, label to (scene,), the same labels in all;
+    `x` (scene,) for all, or by label; `edges` (bin + 1,); `xlabel`, `ylabel`; `log` for
+    a logarithmic x; limits `ylim` of the boxes and `median_ylim`. Boxes show the median
+    and the 16th and 84th percentiles, whiskers the 2.3rd and the 97.7th, bars on the
+    medians bootstrap errors; NaN is left out (`binned` counts it).
     """
     rows = {"sharex": "col", "height_ratios": (1, 2.2, 1.4)}
     fig, axes = _figure(3, len(columns), 6.2, **rows)
@@ -467,24 +471,25 @@ def error_columns(columns: Sequence[Mapping[str, Any]]) -> Figure:
     return fig
 
 
-def error_boxes(
-    x: np.ndarray | Mapping[str, np.ndarray],
-    errors: Mapping[str, np.ndarray],
-    edges: np.ndarray,
-    xlabel: str,
-    ylabel: str,
-    log: bool = False,
-    **limits: tuple[float, float] | None,
+def errors_against(
+    tables: Mapping[str, Table], x: str, edges: np.ndarray, xlabel: str, **options: Any
 ) -> Figure:
-    """Histogram of x, errors in bins of x, and their medians: a column of Figs 5 to 7.
+    """Errors on |e| and r of tables of `evaluate`, in bins of their column `x`.
 
-    `errors`: label to (scene,); `x` (scene,) for all, or by label; `edges` (bin + 1,).
-    Boxes show the median and the 16th and 84th percentiles, whiskers the 2.3rd and the
-    97.7th, bars on the medians bootstrap errors; NaN is left out (`binned` counts it).
-    `limits` are `ylim` of the boxes and `median_ylim`.
+    Tables of the same scenes share one histogram. `options` as in `error_columns`.
     """
-    column = {"x": x, "errors": errors, "edges": edges, "log": log, **limits}
-    return error_columns([{**column, "xlabel": xlabel, "ylabel": ylabel}])
+    xs = {label: np.asarray(table[x]) for label, table in tables.items()}
+    first, *others = xs.values()
+    shared = all(np.array_equal(first, other, equal_nan=True) for other in others)
+    column = {"x": first if shared else xs, "edges": edges, "xlabel": xlabel} | options
+    names = {"de": r"$\Delta|e|$", "dr": r"$\Delta r$ (mag)"}
+    return error_columns(
+        [
+            column
+            | {"errors": {k: t[error] for k, t in tables.items()}, "ylabel": ylabel}
+            for error, ylabel in names.items()
+        ]
+    )
 
 
 def _arrows(

@@ -137,13 +137,6 @@ class Scenes:
             truth=self.truth[indices],
         )
 
-    def restrict(self, survey: Survey) -> "Scenes":
-        """The same scenes seen by fewer bands, with noise of their own."""
-        bands = [self.survey.index(name) for name in survey.band_names]
-        names = {instrument.name for instrument in survey.instruments}
-        stamps = {k: v for k, v in self.stamps.items() if k in names}
-        return replace(self, survey=survey, stamps=stamps, flux=self.flux[:, bands])
-
     def batches(self, size: int = 250) -> Iterator["Scenes"]:
         """The same scenes, a few at a time, for machines with little memory."""
         for start in range(0, len(self), size):

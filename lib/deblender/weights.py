@@ -140,20 +140,28 @@ def save(
     write_whole(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
 
 
-def load(name: str | os.PathLike, expect_survey: str | None = None) -> Network:
+def load(
+    name: str | os.PathLike,
+    expect_survey: str | None = None,
+    folder: str | os.PathLike = "",
+) -> Network:
     """Read a trained network by name, or from the folder that holds its card.
+
+    Names are those of the book, or of the networks in `folder` where one is given.
 
     Raises ValueError if there is none (and lists what there is), if it is for another
     survey than `expect_survey`, or if a file is missing, damaged or of other shapes.
     """
-    folder = weights_folder() / str(name)
-    folder = folder if (folder / CARD).is_file() else Path(name)
-    if not (folder / CARD).is_file():
+    base = Path(folder) if folder else weights_folder()
+    found = base / name
+    if not folder and not (found / CARD).is_file():
+        found = Path(name)
+    if not (found / CARD).is_file():
         raise ValueError(
-            f"no trained network {str(name)!r}; accepted: {', '.join(available())}, or "
-            f"a folder with a {CARD}"
+            f"no trained network {str(name)!r} in {base}; accepted: "
+            f"{', '.join(available(base))}, or a folder with a {CARD}"
         )
-    card = json.loads((folder / CARD).read_text())
+    card = json.loads((found / CARD).read_text())
     if expect_survey not in (None, card["survey"]):
         raise ValueError(
             f"network {str(name)!r} is for survey {card['survey']!r}; accepted here: "
@@ -165,14 +173,15 @@ def load(name: str | os.PathLike, expect_survey: str | None = None) -> Network:
     for part in card["parts"]:
         build = networks.decoder if part == "decoder" else networks.encoder
         models[part] = build(n_bands, name=part)
-        _fill(models[part], folder, card["parts"][part])
+        _fill(models[part], found, card["parts"][part])
     normalisation = Normalisation(scale, card["normalisation"]["beta"])
     return Network(of_survey, normalisation, card=card, **models)
 
 
-def available() -> list[str]:
-    """Names of the trained networks that `load` knows."""
-    return sorted(card.parent.name for card in weights_folder().glob(f"*/{CARD}"))
+def available(folder: Path | None = None) -> list[str]:
+    """Names of the trained networks of the book, or of those in `folder`."""
+    folder = folder or weights_folder()
+    return sorted(card.parent.name for card in folder.glob(f"*/{CARD}"))
 
 
 def software() -> dict[str, str]:

@@ -1,0 +1,58 @@
+"""The training program, from its command line to the folder it leaves."""
+
+import json
+
+import pytest
+
+import deblender
+from deblender.train import RECIPES, Sizes, main, sizes_of
+
+TINY = ["--n-train", "8", "--n-validation", "8", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    main(["lsst", "--out", str(folder), *TINY])
+    return folder
+
+
+def test_network_comes_with_its_card(out):
+    network = deblender.load(out / "lsst", expect_survey="lsst")
+    card = network.card
+    assert network.images_seen == {"vae": 8, "deblender": 8}
+    assert card["command"].startswith("python -m deblender.train lsst --out")
+    assert card["start"]["card"]["images_seen"] == {"decoder": 8, "encoder": 8}
+    assert {"commit", "hardware", "software", "seed", "batch_size"} <= card.keys()
+    assert [f.name for f in out.iterdir()] == ["lsst"]  # no checkpoint remains
+
+
+def test_decentred_network_starts_from_the_one_trained_here(out):
+    main(["lsst-pixel", "--out", str(out), *TINY])
+    card = json.loads((out / "lsst-pixel" / "card.json").read_text())
+    ours = json.loads((out / "lsst" / "card.json").read_text())
+    assert card["centring"] == "pixel"
+    assert card["start"]["card"]["command"] == ours["command"]
+
+
+def test_every_network_of_the_book_has_a_recipe():
+    assert set(deblender.weights.available()) == set(RECIPES)
+
+
+def test_profile_gives_the_sizes_of_the_paper():
+    assert sizes_of("paper") == Sizes(100_000, 20_000, 50)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["lsst", "--profile", "huge"], "'huge'; accepted: paper, quick"),
+        (["lsst", "--catalogue", "/nowhere"], "galsim_download_cosmos"),
+        (["sdss"], "invalid choice: 'sdss'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main([*arguments, "--out", str(tmp_path / "out")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
