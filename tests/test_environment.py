@@ -83,7 +83,7 @@ def test_python_version_is_said_once():
 
 def test_wheel_holds_library_and_weights(tmp_path):
     source = tmp_path / "source"
-    for folder in ("lib", "data"):
+    for folder in ("lib", "data", "book/params"):
         skip = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.safetensors")
         shutil.copytree(ROOT / folder, source / folder, ignore=skip)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -100,3 +100,4 @@ def test_wheel_holds_library_and_weights(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "deblender/surveys.py" in names
     assert "deblender/pretrained/example/decoder.safetensors" in names
+    assert "deblender/profiles/paper.yml" in names

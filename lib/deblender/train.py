@@ -1,0 +1,175 @@
+"""Train a network of the book: `python -m deblender.train lsst --out weights`.
+
+A training that was stopped, by whatever means, goes on where it was when the same
+command is given again.
+"""
+
+import argparse
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import keras
+import yaml
+
+from .catalogues import Catalogue, catalogue
+from .surveys import survey
+from .training import train_deblender, train_vae, warm_start
+from .weights import Network, load, save
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network of the book is made.
+
+    `start` names the network that it begins with. A network for realistic galaxies
+    shares the prior of `start` and trains its deblender alone (section 5).
+    """
+
+    survey: str
+    centring: str = "exact"
+    start: str | None = None
+    realistic: bool = False
+
+
+RECIPES = {
+    "lsst": Recipe("lsst"),
+    "lsst+euclid": Recipe("lsst+euclid", start="lsst"),
+    "lsst-pixel": Recipe("lsst", "pixel", start="lsst"),
+    "lsst-peak": Recipe("lsst", "peak", start="lsst"),
+    "lsst+euclid-realistic": Recipe("lsst+euclid", start="lsst+euclid", realistic=True),
+}
+GENTLE = 5e-4  # learning rate of what starts from something trained
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Scenes of a training and passes over them, by default those of the book."""
+
+    n_train: int = 20_000
+    n_validation: int = 1000
+    epochs: int = 2
+
+
+def profiles_folder() -> Path:
+    """Folder of the profiles, in a checkout or in the installed package."""
+    package = Path(__file__).parent
+    installed = package / "profiles"
+    return installed if installed.is_dir() else package.parents[1] / "book" / "params"
+
+
+def sizes_of(profile: str) -> Sizes:
+    """Sizes of a profile, those of its chapter on the VAE.
+
+    Raises ValueError if there is no such profile, and lists what there is.
+    """
+    known = {file.stem: file for file in profiles_folder().glob("*.yml")}
+    if profile not in known:
+        raise ValueError(
+            f"unknown profile {profile!r}; accepted: {', '.join(sorted(known))}"
+        )
+    values = yaml.safe_load(known[profile].read_text())["03_vae_prior"]
+    return Sizes(**{k: values[k] for k in ("n_train", "n_validation", "epochs")})
+
+
+def train(
+    name: str,
+    galaxies: Catalogue,
+    sizes: Sizes,
+    folder: Path,
+    start: Network | None = None,
+    seed: int = 1,
+) -> Network:
+    """Train the network called `name`, with checkpoints in `folder`."""
+    recipe = RECIPES[name]
+    of, n = survey(recipe.survey), (sizes.n_train, sizes.n_validation, sizes.epochs)
+    rest = {"centring": recipe.centring, "seed": seed, "folder": folder}
+    if recipe.realistic:
+        first, prior = start.deblender, start
+    else:
+        first = None
+        if recipe.centring == "exact":
+            start = warm_start(galaxies, of, *n, start=start, **rest)
+            first = start.encoder
+        prior, _ = train_vae(
+            galaxies, of, *n, start=start, learning_rate=GENTLE, **rest
+        )
+        first = first or start.deblender
+    network, _ = train_deblender(
+        prior, galaxies, *n, start=first, learning_rate=GENTLE, **rest
+    )
+    return network
+
+
+def hardware() -> dict[str, str | int]:
+    """What a card says of the machine: architecture, cores, accelerators."""
+    devices = [d for d in keras.distribution.list_devices() if "cpu" not in d.lower()]
+    return {
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "accelerators": len(devices),
+    }
+
+
+def commit() -> str:
+    """Commit of the library, empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train a network and put it into a folder of its name."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        sizes = sizes_of(args.profile) if args.profile else Sizes()
+        given = {k: getattr(args, k) for k in vars(sizes) if getattr(args, k)}
+        sizes = replace(sizes, **given)
+        recipe, out = RECIPES[args.name], Path(args.out)
+        start = load(_start(recipe.start, out)) if recipe.start else None
+        galaxies = catalogue(args.catalogue, real=recipe.realistic)
+    except ValueError as error:
+        parser.error(str(error))
+    checkpoints = out / f"{args.name}.checkpoints"
+    network = train(args.name, galaxies, sizes, checkpoints, start, args.seed)
+    network.card |= {
+        "command": shlex.join(["python", "-m", "deblender.train", *arguments]),
+        "commit": commit(),
+        "hardware": hardware(),
+    }
+    shared = {}
+    if recipe.realistic:
+        parts = ("decoder", "encoder")
+        shared = {p: f"../{recipe.start}/{p}.safetensors" for p in parts}
+    save(network, out / args.name, share=shared)
+    shutil.rmtree(checkpoints)
+
+
+def _start(name: str, out: Path) -> str | Path:
+    """The network to begin with: the one trained here before, or that of the book."""
+    return out / name if (out / name / "card.json").is_file() else name
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m deblender.train", description=__doc__)
+    add = parser.add_argument
+    add("name", choices=RECIPES)
+    add("--out", default="build/weights", help="folder that receives it [%(default)s]")
+    add("--profile", help="sizes of a profile of the book, such as paper")
+    add("--n-train", type=int, metavar="N", help="training scenes")
+    add("--n-validation", type=int, metavar="N", help="validation scenes")
+    add("--epochs", type=int, metavar="N", help="passes over them, in each stage")
+    add("--catalogue", default="synthetic", help="or a folder of COSMOS [%(default)s]")
+    add("--seed", type=int, default=1, help="of scenes, weights, draws [%(default)s]")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
