@@ -31,6 +31,7 @@ REQUIRED = {
     ),
     "05_decentring": ("fig-decentring", "fig-bias-snr"),  # Figs 7 and 8
     "06_transfer_learning": ("fig-transfer-bias", "fig-transfer-images"),  # 9 and B1
+    "08_side_by_side": ("fig-side-by-side",),
 }
 
 

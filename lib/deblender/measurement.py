@@ -234,8 +234,11 @@ def binned(
     return table
 
 
-def _regression(pairs: np.ndarray) -> np.ndarray:
-    """Slopes minus one, their mean, and intercepts."""  # (scene, in/out, component)
+def regression(pairs: np.ndarray) -> np.ndarray:
+    """Slopes minus one of the two components, their mean, and the two intercepts.
+
+    `pairs` (scene, in/out, component), without NaN.
+    """
     mean_in, mean_out = pairs.mean(axis=0)
     d_in, d_out = pairs[:, 0] - mean_in, pairs[:, 1] - mean_out
     alpha = (d_in * d_out).sum(axis=0) / (d_in**2).sum(axis=0) - 1
@@ -259,7 +262,7 @@ def ellipticity_bias(
             "(scene, 2) for both"
         )
     pairs = np.stack([e_in, e_out], axis=1)  # (scene, in/out, component)
-    value, error, n, failed = _bootstrap(_regression, pairs, rng, fewest=MIN_SCENES)
+    value, error, n, failed = _bootstrap(regression, pairs, rng, fewest=MIN_SCENES)
     columns = zip(np.broadcast_to(value, 5), np.broadcast_to(error, 5), strict=True)
     names = ("alpha1", "alpha2", "alpha", "c1", "c2")
     return {

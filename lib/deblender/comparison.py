@@ -1,0 +1,92 @@
+"""The numbers by which deblenders are compared, with bootstrap intervals."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from astropy.table import Table
+
+from .evaluation import ellipticity_pairs
+from .measurement import regression
+
+SNR_RANGE = (10.0, 3000.0)  # the paper's cut
+SNR_BINS = 10
+FEWEST = 10  # galaxies of a bin that counts
+HARD_BLENDS = (0.75, 0.85)  # B_closest around 80 %
+N_BOOTSTRAP = 200
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and its 68 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def statistics(table: Table) -> dict[str, float]:
+    """Summary of a table of `evaluate`, for targets of SNR 10 to 3000.
+
+    Of each error (`de`, `dr` and `de1`, that of the first component): `median_*`,
+    `p16_*`, `p84_*` and half their distance `sigma_*` over the sample; `binned_*`, the
+    mean over ten logarithmic bins of SNR of the absolute median, and `binned_p16_*`,
+    `binned_p84_*`; `hard_*`, the absolute median at B_closest of 80 %. `slope` is that
+    of output on input ellipticity minus one. NaN where there are too few galaxies.
+    """
+    return _statistics(_columns(table))
+
+
+def intervals(table: Table, rng: np.random.Generator) -> dict[str, Interval]:
+    """The numbers of `statistics`, each with its bootstrap interval."""
+    columns = _columns(table)
+    value, n = _statistics(columns), len(columns["snr"])
+    draws = []
+    for _ in range(N_BOOTSTRAP):
+        rows = rng.integers(n, size=n)
+        draws.append(_statistics({k: v[rows] for k, v in columns.items()}))
+    ends = {k: _percentiles(np.array([d[k] for d in draws])) for k in value}
+    return {k: Interval(value[k], float(ends[k][0]), float(ends[k][2])) for k in value}
+
+
+def _columns(table: Table) -> dict[str, np.ndarray]:
+    """What the statistics need, of galaxies in the range of SNR."""
+    low, high = SNR_RANGE
+    table = table[(table["snr"] >= low) & (table["snr"] < high)]
+    names = ("snr", "de", "dr", "b_closest")
+    columns = {name: np.asarray(table[name], dtype=float) for name in names}
+    columns["de1"] = np.asarray(table["e1_out"] - table["e1_in"], dtype=float)
+    pairs = np.stack(ellipticity_pairs(table), axis=1)  # (scene, in/out, component)
+    return columns | {"pairs": np.asarray(pairs, dtype=float)}
+
+
+def _statistics(columns: dict[str, np.ndarray]) -> dict[str, float]:
+    pairs = columns["pairs"]
+    pairs = pairs[np.isfinite(pairs).all(axis=(1, 2))]
+    found = {"slope": regression(pairs)[2] if len(pairs) >= FEWEST else np.nan}
+    edges = np.geomspace(*SNR_RANGE, SNR_BINS + 1)
+    bins = np.digitize(columns["snr"], edges)
+    hard_low, hard_high = HARD_BLENDS
+    hard = (columns["b_closest"] >= hard_low) & (columns["b_closest"] < hard_high)
+    for name in ("de", "dr", "de1"):
+        error = columns[name]
+        p16, median, p84 = _percentiles(error)
+        found |= {f"p16_{name}": p16, f"median_{name}": median, f"p84_{name}": p84}
+        found[f"sigma_{name}"] = (p84 - p16) / 2
+        each = [_percentiles(error[bins == i]) for i in range(1, SNR_BINS + 1)]
+        each = np.array([e for e in each if np.isfinite(e).all()] or [[np.nan] * 3])
+        found[f"binned_{name}"] = np.abs(each[:, 1]).mean()
+        found[f"binned_p16_{name}"] = each[:, 0].mean()
+        found[f"binned_p84_{name}"] = each[:, 2].mean()
+        found[f"hard_{name}"] = abs(_percentiles(error[hard])[1])
+    return {k: float(v) for k, v in found.items()}
+
+
+def _percentiles(error: np.ndarray) -> np.ndarray:
+    """The 16th, 50th and 84th percentiles, NaN left out; NaN for too few."""
+    error = error[np.isfinite(error)]
+    if len(error) < FEWEST:
+        return np.full(3, np.nan)
+    return np.percentile(error, [16, 50, 84])

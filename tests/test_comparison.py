@@ -1,0 +1,68 @@
+"""The numbers of the comparison, on samples whose answers are known."""
+
+import numpy as np
+import pytest
+from astropy.table import Table
+
+from deblender.comparison import SNR_BINS, Interval, intervals, statistics
+
+SLOPE, OFFSET, SCATTER = -0.3, 0.02, 0.1
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Errors of known median and spread, ellipticities of known slope."""
+    rng = np.random.default_rng(1)
+    n = 20_000
+    e_in = rng.normal(0, 0.2, (2, n))
+    e_out = (1 + SLOPE) * e_in
+    names = {"e1_in": e_in[0], "e2_in": e_in[1], "e1_out": e_out[0], "e2_out": e_out[1]}
+    table = Table(names)
+    table["snr"] = np.exp(rng.uniform(np.log(5), np.log(5000), n))
+    table["de"] = rng.normal(OFFSET, SCATTER, n)
+    table["dr"] = rng.normal(-2 * OFFSET, SCATTER, n)
+    table["b_closest"] = rng.uniform(0, 1, n)
+    return table
+
+
+def test_known_numbers_come_back(table):
+    found = statistics(table)
+    assert found["slope"] == pytest.approx(SLOPE, abs=1e-9)
+    assert found["median_de"] == pytest.approx(OFFSET, abs=5e-3)
+    assert found["sigma_de"] == pytest.approx(SCATTER, rel=0.03)
+    assert found["binned_dr"] == pytest.approx(2 * OFFSET, abs=5e-3)
+    assert found["binned_p84_dr"] == pytest.approx(SCATTER - 2 * OFFSET, abs=5e-3)
+    assert found["hard_dr"] == pytest.approx(2 * OFFSET, abs=1e-2)
+    assert found["sigma_de1"] == pytest.approx(-SLOPE * 0.2, rel=0.03)
+
+
+def test_galaxies_outside_the_range_do_not_count(table):
+    outside = (table["snr"] < 10) | (table["snr"] >= 3000)
+    spoilt = table.copy()
+    spoilt["dr"][outside] = 9.0
+    assert statistics(spoilt) == statistics(table)
+
+
+def test_bins_weigh_the_same_however_many_galaxies_they_have(table):
+    rng = np.random.default_rng(2)
+    few = rng.random(len(table)) < np.where(table["snr"] > 300, 0.02, 1)
+    skewed = table[few]
+    skewed["dr"] = np.where(skewed["snr"] > 173.2, 1.0, 0.0)  # half of the bins
+    assert statistics(skewed)["binned_dr"] == pytest.approx(0.5, abs=0.5 / SNR_BINS)
+    assert statistics(skewed)["median_dr"] == 0
+
+
+def test_failed_measurements_are_left_out_and_few_give_nan(table):
+    failed = table[:3000].copy()
+    failed["de"][::2] = np.nan
+    assert np.isfinite(statistics(failed)["median_de"])
+    assert np.isnan(statistics(table[:5])["median_de"])
+
+
+def test_interval_of_a_median_has_the_error_of_a_median(table):
+    found = intervals(table[:2000], np.random.default_rng(3))["median_de"]
+    n = ((table["snr"][:2000] >= 10) & (table["snr"][:2000] < 3000)).sum()
+    expected = SCATTER * np.sqrt(np.pi / 2 / n)
+    assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.4)
+    assert found.low <= found.value <= found.high
+    assert f"{Interval(1, 0.5, 2):.1f}" == "1.0 [0.5, 2.0]"
