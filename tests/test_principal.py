@@ -63,18 +63,20 @@ def test_likelihood_of_a_code_is_that_of_a_gaussian():
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-def test_warm_start_leads_to_a_vae_and_a_deblender(synthetic):
-    survey = deblender.survey("lsst")
-    warm = training.warm_start(synthetic, survey, 32, 16, 1)
+@pytest.fixture(scope="module")
+def warm(synthetic):
+    return training.warm_start(synthetic, deblender.survey("lsst"), 32, 16, 1)
+
+
+def test_warm_start_leads_to_a_vae_and_a_deblender(synthetic, warm):
     assert warm.card["images_seen"] == {"decoder": 32, "encoder": 32}
-    prior, _ = training.train_vae(
-        synthetic, survey, 32, 16, 1, start=warm, learning_rate=0.0
-    )
+    setting = {"n_train": 16, "n_validation": 16, "epochs": 1, "learning_rate": 0.0}
+    prior, _ = training.train_vae(synthetic, warm.survey, start=warm, **setting)
     for old, new in zip(warm.decoder.weights, prior.decoder.weights, strict=True):
         np.testing.assert_array_equal(old.numpy(), new.numpy())
     assert prior.card["start"]["card"] is warm.card
     network, _ = training.train_deblender(
-        prior, synthetic, 32, 16, 1, start=warm.encoder, learning_rate=0.0
+        prior, synthetic, start=warm.encoder, **setting
     )
     np.testing.assert_array_equal(
         network.deblender.weights[4].numpy(), warm.encoder.weights[4].numpy()
@@ -92,9 +94,8 @@ def test_code_of_some_bands_does_not_see_the_others(synthetic):
     np.testing.assert_array_equal(code(stamps), before)
 
 
-def test_more_bands_start_from_fewer(synthetic):
-    lsst, ten = deblender.survey("lsst"), deblender.survey("lsst+euclid")
-    warm = training.warm_start(synthetic, lsst, 16, 16, 1)
+def test_more_bands_start_from_fewer(synthetic, warm):
+    ten = deblender.survey("lsst+euclid")
     more = training.warm_start(synthetic, ten, 16, 16, 1, start=warm)
     scale = warm.normalisation.scale
     np.testing.assert_array_equal(more.normalisation.scale[:6], scale)
