@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from astropy.table import Table
 
-from deblender.comparison import SNR_BINS, Interval, intervals, statistics
+from deblender.comparison import (
+    SNR_BINS,
+    Interval,
+    intervals,
+    relative_shear_biases,
+    statistics,
+)
 
 SLOPE, OFFSET, SCATTER = -0.3, 0.02, 0.1
 
@@ -66,3 +72,20 @@ def test_interval_of_a_median_has_the_error_of_a_median(table):
     assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.4)
     assert found.low <= found.value <= found.high
     assert f"{Interval(1, 0.5, 2):.1f}" == "1.0 [0.5, 2.0]"
+
+
+def test_shear_biases_added_to_those_of_the_target_come_back():
+    rng, g = np.random.default_rng(5), 0.01
+    shapes = rng.normal(0, 0.3, (2, 400))
+    noise = rng.normal(0, 1e-3, (2, 400))
+    target, output = {}, {}
+    for shear in [(0, 0), (g, 0), (-g, 0), (0, g), (0, -g)]:
+        e = shapes + 1.05 * np.array(shear)[:, None]
+        target[shear] = Table({"e1": e[0], "e2": e[1]})
+        out = shapes + 1.05 * 0.9 * np.array(shear)[:, None] + noise + 0.002
+        output[shear] = Table({"e1": out[0], "e2": out[1]})
+    output[0, 0]["e1"][:5] = np.nan
+    m, c = relative_shear_biases(output, target, rng)
+    assert m.value == pytest.approx(-0.1, abs=1e-6)
+    assert c.value == pytest.approx(0.002, abs=2e-4)
+    assert c.low < c.value < c.high

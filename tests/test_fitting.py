@@ -89,6 +89,11 @@ def test_checkpoint_of_another_training_is_refused(whole):
         train(whole[0], epochs=4)
 
 
+def test_checkpoint_of_other_galaxies_is_refused(whole):
+    with pytest.raises(ValueError, match="'data': .*; accepted: "):
+        train(whole[0], n_scenes=12)
+
+
 def test_best_epoch_is_kept_and_training_stops_without_improvement(tmp_path):
     # With a rate of zero only the statistics of the input change after the start.
     _, history = train(tmp_path, epochs=40, n_scenes=4, learning_rate=0.0)

@@ -30,9 +30,17 @@ def test_network_comes_with_its_card(out):
 def test_decentred_network_starts_from_the_one_trained_here(out):
     main(["lsst-pixel", "--out", str(out), *TINY])
     card = json.loads((out / "lsst-pixel" / "card.json").read_text())
-    ours = json.loads((out / "lsst" / "card.json").read_text())
+    ours = deblender.load("lsst", folder=out).card
     assert card["centring"] == "pixel"
     assert card["start"]["card"]["command"] == ours["command"]
+
+
+def test_transfer_from_the_book_keeps_its_own_copy_of_the_prior(tmp_path):
+    name = "lsst+euclid-realistic"
+    main([name, "--out", str(tmp_path), *TINY])
+    network = deblender.load(name, folder=tmp_path)
+    assert network.survey.name == "lsst+euclid"
+    assert (tmp_path / name / "decoder.safetensors").is_file()
 
 
 def test_every_network_of_the_book_has_a_recipe():
@@ -49,6 +57,7 @@ def test_profile_gives_the_sizes_of_the_paper():
         (["lsst", "--profile", "huge"], "'huge'; accepted: paper, quick"),
         (["lsst", "--catalogue", "/nowhere"], "galsim_download_cosmos"),
         (["sdss"], "invalid choice: 'sdss'"),
+        (["lsst", "--epochs", "0"], "received {'epochs': 0}; accepted: 1 or more"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):

@@ -16,8 +16,8 @@ class Batches(keras.utils.PyDataset):
 
     With `augment`, each epoch draws fresh Poisson noise and one of the eight flips and
     rotations for each image (section 2.1.2), in a fresh order. `swap_neighbours`, for
-    exact centring, also exchanges neighbours between scenes at each epoch, so that no
-    blend is seen twice. Without `augment` every epoch gives the same arrays.
+    exact centring, also exchanges neighbours between scenes at each epoch, so that
+    hardly any blend is seen twice. Without `augment` every epoch gives the same arrays.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """The training loop: optimiser, progress, history, and a checkpoint at each epoch."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self.start = time.monotonic() - self.history.seconds
-        total = self.epochs * len(self.batches.scenes)
+        total = self.epochs * len(self.batches.scenes)  # of this stage
         seen = self.history.images_seen
         self.bar = tqdm(desc="training", total=total, initial=seen, unit=" images")
 
@@ -154,17 +155,19 @@ def fit(
     ends once the validation loss has not improved for PATIENCE epochs, and leaves the
     weights of the best epoch.
 
-    Raises ValueError if the checkpoint in `folder` is of another training.
+    Raises ValueError if the checkpoint in `folder` is of another training: of other
+    galaxies, first weights, seed, epochs or learning rate.
     """
     model.compile(_adam(epochs * len(batches), learning_rate, loss), loss=loss)
     recorder = Recorder(batches, epochs)
     callbacks, done = [recorder], 0
     if folder is not None:
-        setting = {"scenes": len(batches.scenes), "epochs": epochs}
-        setting |= {"learning_rate": learning_rate, "seed": batches.seed}
-        checkpoint = Checkpoint(folder, recorder, setting)
         model(batches[0][0])  # creates what is restored
         model.optimizer.build(model.trainable_variables)
+        setting = {"epochs": epochs, "learning_rate": learning_rate}
+        setting |= {"seed": batches.seed, "data": _digest([batches.scenes.flux])}
+        setting |= {"start": _digest(model.get_weights())}
+        checkpoint = Checkpoint(folder, recorder, setting)
         done = checkpoint.resume(model)
         callbacks.append(checkpoint)
     if done < epochs and not (done and checkpoint.over()):
@@ -180,6 +183,14 @@ def fit(
     if folder is not None:
         fill_variables(model.weights, checkpoint.best)
     return recorder.history
+
+
+def _digest(arrays: list[np.ndarray]) -> str:
+    """A fingerprint of arrays, to tell one training from another."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:12]
 
 
 def _adam(

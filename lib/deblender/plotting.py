@@ -352,7 +352,9 @@ def training_curve(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figur
         ax.plot(curve["val_images"], curve["val_loss"], "s", **look)
         ax.set(title=label, xlabel="images seen", xlim=(0, None))
         ax.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-        ax.legend(frameon=False)
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
+        ax.legend(frameon=False, loc="upper right")
     axes[0, 0].set_ylabel("loss (nats a stamp)")
     return fig
 
@@ -474,9 +476,10 @@ def error_columns(columns: Sequence[Mapping[str, Any]]) -> Figure:
 def errors_against(
     tables: Mapping[str, Table], x: str, edges: np.ndarray, xlabel: str, **options: Any
 ) -> Figure:
-    """Errors on |e| and r of tables of `evaluate`, in bins of their column `x`.
+    """Errors on ellipticity and r magnitude of tables of `evaluate`, in bins of `x`.
 
-    Tables of the same scenes share one histogram. `options` as in `error_columns`.
+    `x` names one of their columns. Tables of the same scenes share one histogram.
+    `options` as in `error_columns`.
     """
     xs = {label: np.asarray(table[x]) for label, table in tables.items()}
     first, *others = xs.values()

@@ -20,12 +20,12 @@ import yaml
 from .catalogues import Catalogue, catalogue
 from .surveys import survey
 from .training import train_deblender, train_vae, warm_start
-from .weights import Network, load, save
+from .weights import Network, available, load, save
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network of the book is made.
+    """How a network is made, from its warm start to its deblender.
 
     `start` names the network that it begins with. A network for realistic galaxies
     shares the prior of `start` and trains its deblender alone (section 5).
@@ -49,7 +49,7 @@ GENTLE = 5e-4  # learning rate of what starts from something trained
 
 @dataclass(frozen=True)
 class Sizes:
-    """Scenes of a training and passes over them, by default those of the book."""
+    """Scenes of a training and passes over them in each of its stages."""
 
     n_train: int = 20_000
     n_validation: int = 1000
@@ -89,37 +89,47 @@ def train(
     recipe = RECIPES[name]
     of, n = survey(recipe.survey), (sizes.n_train, sizes.n_validation, sizes.epochs)
     rest = {"centring": recipe.centring, "seed": seed, "folder": folder}
-    if recipe.realistic:
-        first, prior = start.deblender, start
-    else:
-        first = None
+    prior, encoder = start, start and start.deblender
+    if not recipe.realistic:
         if recipe.centring == "exact":
-            start = warm_start(galaxies, of, *n, start=start, **rest)
-            first = start.encoder
+            start, encoder = warm_start(galaxies, of, *n, start=start, **rest), None
         prior, _ = train_vae(
             galaxies, of, *n, start=start, learning_rate=GENTLE, **rest
         )
-        first = first or start.deblender
     network, _ = train_deblender(
-        prior, galaxies, *n, start=first, learning_rate=GENTLE, **rest
+        prior, galaxies, *n, start=encoder, learning_rate=GENTLE, **rest
     )
     return network
 
 
-def hardware() -> dict[str, str | int]:
-    """What a card says of the machine: architecture, cores, accelerators."""
-    devices = [d for d in keras.distribution.list_devices() if "cpu" not in d.lower()]
+def provenance(arguments: list[str]) -> dict:
+    """What a card says of a training: command, commit and machine."""
     return {
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "accelerators": len(devices),
+        "command": shlex.join(["python", "-m", "deblender.train", *arguments]),
+        "commit": _commit(),
+        "hardware": {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "accelerators": _accelerators(),
+        },
     }
 
 
-def commit() -> str:
+def _accelerators() -> int:
+    try:
+        devices = keras.distribution.list_devices()
+    except (AttributeError, NotImplementedError):  # not with every backend
+        return 0
+    return sum("cpu" not in device.lower() for device in devices)
+
+
+def _commit() -> str:
     """Commit of the library, empty outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
     return answer.stdout.strip()
 
 
@@ -128,33 +138,34 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     args = parser.parse_args(arguments)
+    recipe, out = RECIPES[args.name], Path(args.out)
+    made = provenance(arguments)
     try:
-        sizes = sizes_of(args.profile) if args.profile else Sizes()
-        given = {k: getattr(args, k) for k in vars(sizes) if getattr(args, k)}
-        sizes = replace(sizes, **given)
-        recipe, out = RECIPES[args.name], Path(args.out)
-        start = load(_start(recipe.start, out)) if recipe.start else None
+        sizes = _sizes(args)
+        ours = recipe.start in available(out)  # trained here before
+        start = (
+            load(out / recipe.start if ours else recipe.start) if recipe.start else None
+        )
         galaxies = catalogue(args.catalogue, real=recipe.realistic)
+        checkpoints = out / f"{args.name}.checkpoints"
+        network = train(args.name, galaxies, sizes, checkpoints, start, args.seed)
     except ValueError as error:
         parser.error(str(error))
-    checkpoints = out / f"{args.name}.checkpoints"
-    network = train(args.name, galaxies, sizes, checkpoints, start, args.seed)
-    network.card |= {
-        "command": shlex.join(["python", "-m", "deblender.train", *arguments]),
-        "commit": commit(),
-        "hardware": hardware(),
-    }
-    shared = {}
-    if recipe.realistic:
-        parts = ("decoder", "encoder")
-        shared = {p: f"../{recipe.start}/{p}.safetensors" for p in parts}
+    network.card |= made
+    parts = ("decoder", "encoder") if recipe.realistic and ours else ()
+    shared = {part: f"../{recipe.start}/{part}.safetensors" for part in parts}
     save(network, out / args.name, share=shared)
     shutil.rmtree(checkpoints)
 
 
-def _start(name: str, out: Path) -> str | Path:
-    """The network to begin with: the one trained here before, or that of the book."""
-    return out / name if (out / name / "card.json").is_file() else name
+def _sizes(args: argparse.Namespace) -> Sizes:
+    """Sizes of the profile, those given as options in their place."""
+    sizes = sizes_of(args.profile) if args.profile else Sizes()
+    given = {name: getattr(args, name) for name in vars(sizes)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if any(value < 1 for value in given.values()):
+        raise ValueError(f"received {given}; accepted: 1 or more of each")
+    return replace(sizes, **given)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -40,10 +40,10 @@ def warm_start(
     """Teach a decoder and an encoder apart, by the principal code of each galaxy.
 
     The decoder learns to draw isolated galaxies from their codes, the encoder to guess
-    the code of the target of a blend. Give the result to `train_vae` as `start`, and
-    its encoder to `train_deblender`: not of the paper, and spares both a long plateau.
-    `start`, a warm start for fewer bands, gives weights and the code of its bands. With
-    a `folder`, an interrupted warm start goes on from its last epoch (see `fit`).
+    the code of the target of a blend. Give the result to `train_vae` as `start`: not of
+    the paper, and spares it a long plateau. `start`, a network of fewer bands, gives
+    weights, and the code is then made of its bands alone, as its own was. With a
+    `folder`, an interrupted warm start goes on from its last epoch (see `fit`).
     """
     isolated, alone, blends, watched = (
         simulate(catalogue, survey, n, most, centring, seed, split)
