@@ -12,9 +12,9 @@ import pytest
 from safetensors import safe_open
 
 import deblender
-from deblender import networks
+from deblender import fitting, networks
 from deblender.batches import Batches
-from deblender.fitting import PATIENCE, Recorder, fit
+from deblender.fitting import Recorder, fit
 from deblender.normalisation import Normalisation
 
 # What a kill interrupts: three epochs of four batches each.
@@ -94,11 +94,14 @@ def test_checkpoint_of_other_galaxies_is_refused(whole):
         train(whole[0], n_scenes=12)
 
 
-def test_best_epoch_is_kept_and_training_stops_without_improvement(tmp_path):
+def test_best_epoch_is_kept_and_training_stops_without_improvement(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fitting, "PATIENCE", 2)
     # With a rate of zero only the statistics of the input change after the start.
     _, history = train(tmp_path, epochs=40, n_scenes=4, learning_rate=0.0)
     losses = history.curve["val_loss"]
-    assert len(losses) == np.argmin(losses) + 1 + PATIENCE < 40
+    assert len(losses) == np.argmin(losses) + 1 + 2 < 40
     model, _ = train(tmp_path, epochs=40, n_scenes=4, learning_rate=0.0)
     best = variables(tmp_path / "best.safetensors")
     for value, weight in zip(best.values(), model.weights, strict=True):
