@@ -8,6 +8,7 @@ from deblender import networks, training
 from deblender.batches import Batches, dihedral, swap_neighbours
 from deblender.fitting import fit
 from deblender.normalisation import Normalisation
+from deblender.weights import Network
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,9 @@ def test_training_lowers_the_loss(synthetic, blends, normalisation):
 
 
 def test_another_survey_starts_from_trained_bands(synthetic):
-    prior, _ = training.train_vae(synthetic, deblender.survey("lsst"), 16, 16, 1)
+    model = networks.vae(6, seed=2)
+    both, scale = (model.encoder, model.decoder), Normalisation(np.full(6, 5000.0))
+    prior = Network(deblender.survey("lsst"), scale, *both, None, {"images_seen": {}})
     ten, _ = training.train_vae(
         synthetic, deblender.survey("lsst+euclid"), 16, 16, 1,
         start=prior, learning_rate=0.0,
