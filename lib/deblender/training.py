@@ -19,7 +19,7 @@ from .networks import (
 )
 from .normalisation import Normalisation, fit_normalisation
 from .principal import fit_code
-from .simulation import simulate
+from .simulation import Scenes, simulate
 from .surveys import Survey
 from .weights import Network
 
@@ -51,12 +51,8 @@ def warm_start(
         for n, split in ((n_train, "train"), (n_validation, "validation"))
     )
     few = isolated.take(np.arange(min(n_train, CONSTANTS_FROM)))
-    normalisation = fit_normalisation(few)
-    model, code_survey = vae(len(survey.bands), seed=seed), survey
-    if start is not None:
-        normalisation = _start_from(start, survey, model, normalisation)
-        code_survey = start.survey
-    code = fit_code(few, normalisation, code_survey)
+    model, normalisation = _begin(few, seed, start)
+    code = fit_code(few, normalisation, start.survey if start else survey)
     setting = {"normalisation": normalisation, "code": code, "seed": seed}
     draws = fit(
         model.decoder,
@@ -105,11 +101,8 @@ def train_vae(
     validation = simulate(
         catalogue, survey, n_validation, 1, centring, seed, "validation"
     )
-    model = vae(len(survey.bands), seed=seed)
     few = train.take(np.arange(min(n_train, CONSTANTS_FROM)))
-    normalisation = fit_normalisation(few)
-    if start is not None:
-        normalisation = _start_from(start, survey, model, normalisation)
+    model, normalisation = _begin(few, seed, start)
     history = fit(
         model,
         Batches(train, normalisation, seed=seed),
@@ -173,21 +166,25 @@ def train_deblender(
     return replace(prior, deblender=model.encoder, card=card), history
 
 
-def _start_from(
-    start: Network, survey: Survey, model: Autoencoder, fresh: Normalisation
-) -> Normalisation:
-    """Copy the weights and normalisation constants of the bands that both have.
+def _begin(
+    few: Scenes, seed: int, start: Network | None
+) -> tuple[Autoencoder, Normalisation]:
+    """A VAE and its normalisation, as a few isolated training scenes suggest it.
 
-    Of the bands that only the new survey has, the constants of `fresh` are kept.
+    Weights and constants of the bands that `start` has are copied from there.
     """
+    survey, normalisation = few.survey, fit_normalisation(few)
+    model = vae(len(survey.bands), seed=seed)
+    if start is None:
+        return model, normalisation
     both = [name for name in survey.band_names if name in start.survey.band_names]
     old = [start.survey.index(name) for name in both]
     new = [survey.index(name) for name in both]
     transplant(start.encoder, model.encoder, old, new)
     transplant(start.decoder, model.decoder, old, new)
-    scale = fresh.scale.copy()
+    scale = normalisation.scale.copy()
     scale[new] = start.normalisation.scale[old]
-    return replace(fresh, scale=scale)
+    return model, replace(normalisation, scale=scale)
 
 
 def _origin(start: Network) -> dict:
