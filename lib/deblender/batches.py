@@ -1,11 +1,12 @@
 """Batches of training pairs, composed on the fly from unit-flux stamps."""
 
+from collections.abc import Callable
+
 import keras
 import numpy as np
 
-from .normalisation import Normalisation
-from .principal import PrincipalCode
-from .simulation import Scenes, add_noise
+from .normalisation import NoiseUnits, Normalisation
+from .simulation import Scenes
 
 BATCH_SIZE = 16
 CODE_NOISE = 0.05  # keeps neighbouring codes decoding to neighbouring galaxies
@@ -14,7 +15,7 @@ CODE_NOISE = 0.05  # keeps neighbouring codes decoding to neighbouring galaxies
 class Batches(keras.utils.PyDataset):
     """Pairs of normalised (noisy blend, noiseless target) for `fit`.
 
-    With `augment`, each epoch draws fresh Poisson noise and one of the eight flips and
+    With `augment`, each epoch draws fresh noise and one of the eight flips and
     rotations for each image (section 2.1.2), in a fresh order. `swap_neighbours`, for
     exact centring, also exchanges neighbours between scenes at each epoch, so that
     hardly any blend is seen twice. Without `augment` every epoch gives the same arrays.
@@ -23,7 +24,7 @@ class Batches(keras.utils.PyDataset):
     def __init__(
         self,
         scenes: Scenes,
-        normalisation: Normalisation,
+        normalisation: Normalisation | NoiseUnits,
         batch_size: int = BATCH_SIZE,
         seed: int = 0,
         augment: bool = True,
@@ -74,8 +75,14 @@ class Batches(keras.utils.PyDataset):
 
     def noisy(self, blend: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Normalised stamps with noise, what an encoder reads."""
-        noisy = add_noise(blend, self.scenes.survey.sky, rng)
-        return self.normalisation.forward(noisy)
+        return self.normalisation.forward(self._add_noise(blend, rng))
+
+    def _add_noise(self, blend: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        # Normal, of the variance of Poisson's: from the 350 electrons of the darkest
+        # sky on, hardly another noise, and drawn several times faster.
+        variance = np.maximum(blend + self.scenes.survey.sky, 0)
+        noise = rng.standard_normal(blend.shape, dtype=np.float32)
+        return blend + np.sqrt(variance) * noise
 
     def clean(self, target: np.ndarray) -> np.ndarray:
         """Normalised noiseless stamps, what a decoder should draw."""
@@ -83,29 +90,48 @@ class Batches(keras.utils.PyDataset):
         return np.maximum(self.normalisation.forward(target), 0)
 
 
-class DecoderBatches(Batches):
-    """Pairs of (code, normalised noiseless target), which teach a decoder alone."""
+class EncoderBatches(Batches):
+    """Pairs of (normalised noisy blend, code of its target), to teach an encoder.
 
-    def __init__(self, *args, code: PrincipalCode, **kwargs):
+    `code` turns noiseless targets in electrons (batch, y, x, band) into what the
+    encoder should say of them, (batch, latent).
+    """
+
+    def __init__(self, *args, code: Callable, **kwargs):
         super().__init__(*args, **kwargs)
         self.code = code
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        target, blend, rng = self.draw(index)
+        return self.noisy(blend, rng), self.code(target)
+
+
+class DecoderBatches(EncoderBatches):
+    """Pairs of (code, normalised noiseless target), which teach a decoder alone."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         target, _, rng = self.draw(index)
-        return self.codes(target, rng), self.clean(target)
-
-    def codes(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Codes of targets, with a little noise."""  # (batch, latent)
         code = self.code(target)
-        return code + CODE_NOISE * rng.standard_normal(code.shape, dtype=np.float32)
+        noise = CODE_NOISE * rng.standard_normal(code.shape, dtype=np.float32)
+        return code + noise, self.clean(target)
 
 
-class EncoderBatches(DecoderBatches):
-    """Pairs of (normalised noisy blend, code of its target), to teach an encoder."""
+class TwinBatches(EncoderBatches):
+    """Blends whose targets come twice, with other noise, to teach against bias.
+
+    The second half of a batch repeats the targets of the first. With `swap_neighbours`
+    the neighbours of the second are turned around its target.
+    """
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         target, blend, rng = self.draw(index)
-        return self.noisy(blend, rng), self.codes(target, rng)
+        other = blend
+        if self.swap_neighbours:
+            turns = rng.integers(1, 8, size=len(target))
+            other = target + dihedral(blend - target, turns)
+        code = self.code(target)
+        both = self.noisy(np.concatenate([blend, other]), rng)
+        return both, np.concatenate([code, code])
 
 
 def dihedral(images: np.ndarray, elements: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .batches import Batches
-from .networks import cross_entropy, latent_likelihood
+from .networks import calibration_loss, cross_entropy, latent_likelihood
 from .weights import dump_variables, fill_variables, write_whole
 
 LEARNING_RATE = 1e-3
@@ -21,7 +21,12 @@ WARM_UP = 100  # steps
 # gradients, Adam forgets it sooner: in one trial of each, teaching a decoder 4,000
 # images, validation loss 696 and not 937.
 MEMORY = 0.98  # of Adam's mean square
-LARGEST_GRADIENT = {cross_entropy: 600.0, latent_likelihood: 20.0}  # L2 norm
+LARGEST_GRADIENT = {  # L2 norm
+    cross_entropy: 600.0,
+    latent_likelihood: 20.0,
+    calibration_loss: 20.0,
+}
+Watch = Callable[[], dict[str, float]]  # numbers that an epoch ends with
 PATIENCE = 10  # epochs without a better validation loss, after which training stops
 
 
@@ -30,7 +35,7 @@ class History:
     """How a training went: seconds, images seen, and losses against images seen.
 
     `curve` has `images` and the training `loss` averaged between them, and at the end
-    of each epoch `val_images` and `val_loss` (nats a stamp).
+    of each epoch `val_images`, `val_loss` (nats a stamp) and what else was watched.
     """
 
     images_seen: int = 0
@@ -45,9 +50,9 @@ class History:
 class Recorder(keras.callbacks.Callback):
     """Keeps the history of a training, the loss in some forty points, and shows it."""
 
-    def __init__(self, batches: Batches, epochs: int):
+    def __init__(self, batches: Batches, epochs: int, watch: Watch | None = None):
         super().__init__()
-        self.batches, self.epochs = batches, epochs
+        self.batches, self.epochs, self.watch = batches, epochs, watch
         self.every = max(len(batches) * epochs // 40, 1)
         self.history, self.steps = History(), 0
 
@@ -83,6 +88,8 @@ class Recorder(keras.callbacks.Callback):
         if "val_loss" in logs:
             self.history.curve["val_images"].append(self.history.images_seen)
             self.history.curve["val_loss"].append(round(float(logs["val_loss"]), 2))
+        for name, value in self.watch().items() if self.watch else ():
+            self.history.curve.setdefault(name, []).append(round(value, 4))
 
     def on_train_end(self, logs: dict | None = None) -> None:
         self.bar.close()
@@ -147,19 +154,20 @@ def fit(
     learning_rate: float = LEARNING_RATE,
     loss: Callable = cross_entropy,
     folder: Path | None = None,
+    watch: Watch | None = None,
 ) -> History:
     """Train with Adam, clipped gradients, a short warm-up and a cosine decay to zero.
 
     Only what `model` leaves trainable changes. With a `folder`, each epoch leaves a
     checkpoint in it; a training that was stopped goes on from there, to the same bits,
     ends once the validation loss has not improved for PATIENCE epochs, and leaves the
-    weights of the best epoch.
+    weights of the best epoch. What `watch` returns after each epoch joins the history.
 
     Raises ValueError if the checkpoint in `folder` is of another training: of other
     galaxies, first weights, seed, epochs or learning rate.
     """
     model.compile(_adam(epochs * len(batches), learning_rate, loss), loss=loss)
-    recorder = Recorder(batches, epochs)
+    recorder = Recorder(batches, epochs, watch)
     callbacks, done = [recorder], 0
     if folder is not None:
         model(batches[0][0])  # creates what is restored

@@ -17,6 +17,7 @@ HIDDEN = 256
 KL_WEIGHT = 1e-2  # the beta of section 3.2
 SMALLEST_WIDTH = 1e-6  # keeps the logarithm of the KL divergence finite
 SMALLEST_CODE_WIDTH = 1e-3  # the same for the likelihood of a code
+LEEWAY = 0.1  # weight of the variance beside the squared bias
 # A sigmoid of this is close to the mean normalised pixel, so that training does not
 # begin by learning that most of a stamp is empty sky.
 EMPTY_SKY = -4.0
@@ -30,8 +31,11 @@ LEAK = 0.25
 logging.getLogger("tensorflow").addFilter(lambda r: "retracing" not in r.getMessage())
 
 
-def _activate(x: keras.KerasTensor) -> keras.KerasTensor:
-    return layers.PReLU(alpha_initializer=keras.initializers.Constant(LEAK))(x)
+def activate(x: keras.KerasTensor, shared: bool = False) -> keras.KerasTensor:
+    """PReLU, its slopes `shared` between pixels or not, as in the paper."""
+    axes = (1, 2) if shared and len(x.shape) == 4 else None
+    initial = keras.initializers.Constant(LEAK)
+    return layers.PReLU(alpha_initializer=initial, shared_axes=axes)(x)
 
 
 def encoder(n_bands: int, name: str = "encoder") -> keras.Model:
@@ -44,8 +48,8 @@ def encoder(n_bands: int, name: str = "encoder") -> keras.Model:
     x = layers.BatchNormalization()(stamp)
     for filters in FILTERS:
         for strides in (1, 2):
-            x = _activate(layers.Conv2D(filters, 3, strides=strides, **CONVOLUTION)(x))
-    x = _activate(layers.Dense(HIDDEN, **DENSE)(layers.Flatten()(x)))
+            x = activate(layers.Conv2D(filters, 3, strides=strides, **CONVOLUTION)(x))
+    x = activate(layers.Dense(HIDDEN, **DENSE)(layers.Flatten()(x)))
     mean = layers.Dense(LATENT_SIZE, name="mean")(x)
     width = layers.Dense(LATENT_SIZE, activation="softplus", name="width")(x)
     return keras.Model(stamp, [mean, width], name=name)
@@ -59,13 +63,13 @@ def decoder(n_bands: int, name: str = "decoder") -> keras.Model:
     """
     side = STAMP_SIZE // 2 ** len(FILTERS)
     latent = keras.Input((LATENT_SIZE,), name="latent")
-    x = _activate(layers.Dense(HIDDEN, **DENSE)(latent))
-    x = _activate(layers.Dense(side * side * FILTERS[-1], **DENSE)(x))
+    x = activate(layers.Dense(HIDDEN, **DENSE)(latent))
+    x = activate(layers.Dense(side * side * FILTERS[-1], **DENSE)(x))
     x = layers.Reshape((side, side, FILTERS[-1]))(x)
     for filters in reversed(FILTERS):
         for strides in (2, 1):
             upwards = layers.Conv2DTranspose(filters, 3, strides=strides, **CONVOLUTION)
-            x = _activate(upwards(x))
+            x = activate(upwards(x))
     stamp = layers.Conv2DTranspose(
         n_bands,
         3,
@@ -110,6 +114,28 @@ def latent_likelihood(code, latent):
     mean, width = ops.split(latent, 2, axis=-1)
     width = ops.maximum(width, SMALLEST_CODE_WIDTH)
     return ops.sum(ops.log(width) + 0.5 * ops.square((code - mean) / width), axis=-1)
+
+
+def calibration_loss(code, latent):
+    """Squared bias and a little variance of codes guessed twice, in nats.
+
+    The first half of a batch and the second have the same targets with other noise, so
+    the product of their errors is, on average, the square of the bias at a given
+    target (Tewes et al. 2019). LEEWAY is the weight of the variance. Widths are taught
+    to be the sizes of the errors, and errors are counted in widths. Arguments as for
+    `latent_likelihood`; returns (batch / 2,).
+    """
+    mean, width = ops.split(latent, 2, axis=-1)
+    width = ops.maximum(width, SMALLEST_CODE_WIDTH)
+    error, fixed = code - mean, ops.stop_gradient(width)
+    one, other = ops.split(error, 2, axis=0)  # (batch / 2, latent)
+    scale = ops.multiply(*ops.split(fixed, 2, axis=0))
+    bias = one * other / scale
+    variance = 0.5 * (ops.square(one) + ops.square(other)) / scale
+    sizes = ops.log(width) + 0.5 * ops.square(ops.stop_gradient(error) / width)
+    sizes = 0.5 * ops.add(*ops.split(sizes, 2, axis=0))
+    point = 0.5 * (LEEWAY * variance + (1 - LEEWAY) * bias)
+    return ops.sum(point + sizes, axis=-1)
 
 
 class Sampling(layers.Layer):

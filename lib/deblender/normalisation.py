@@ -1,4 +1,4 @@
-"""The normalisation of images, eq. 4 of Arcelin et al. 2021, and its inverse."""
+"""How networks see images: eq. 4 of Arcelin et al. 2021, or units of the noise."""
 
 from dataclasses import dataclass
 
@@ -32,6 +32,21 @@ class Normalisation:
         y = np.clip(np.asarray(normalised, np.float32), -LARGEST, LARGEST)
         u = y / np.sqrt((1 - y) * (1 + y))
         return u * (self.scale / self.beta).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class NoiseUnits:
+    """x -> x / scale, where `scale` (band,) is the noise of the sky in electrons."""
+
+    scale: np.ndarray
+
+    def forward(self, images: np.ndarray) -> np.ndarray:
+        """Electrons (..., band) to units of the noise, float32."""
+        return np.asarray(images, np.float32) / self.scale.astype(np.float32)
+
+    def inverse(self, normalised: np.ndarray) -> np.ndarray:
+        """Units of the noise (..., band) to electrons, float32."""
+        return np.asarray(normalised, np.float32) * self.scale.astype(np.float32)
 
 
 def fit_normalisation(scenes: Scenes, beta: float = BETA) -> Normalisation:

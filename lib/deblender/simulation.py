@@ -35,10 +35,11 @@ PIXEL_SQUARE = 0.2  # arcsec, side of the square of the pixel centring (section 
 DETECTION_SIZE, DETECTION_SIGMA = 128, 5.0
 MATCH_RADIUS = 1.0  # arcsec; a peak farther from every galaxy is one of the noise
 MAX_TRIES = 1000  # scenes drawn before giving up on one with a detected peak
+COUNTS, LAYOUT, NOISE = 1, 2, 3  # streams of random numbers of one seed
 CHUNK = 100  # scenes a task draws and writes at a time
 # Unit-flux pixels times this fit the range of float16: relative error below 5e-4.
 STAMP_SCALE = 1024.0
-FORMAT = 1  # of what is cached; raise it when the same call would draw other bits
+FORMAT = 2  # of what is cached; raise it when the same call would draw other bits
 
 
 @dataclass
@@ -262,12 +263,12 @@ class _Task:
 
     def counts(self) -> np.ndarray:
         """Galaxies of each scene, uniform from 1 to the maximum (section 2.1.3)."""
-        rng = np.random.default_rng(self.entropy)
+        rng = np.random.default_rng([*self.entropy, COUNTS])
         return rng.integers(1, self.max_galaxies + 1, self.n_scenes)
 
     def rng(self, scene: int) -> np.random.Generator:
         """One generator a scene: its draws depend on nothing drawn before."""
-        return np.random.default_rng([*self.entropy, scene])
+        return np.random.default_rng([*self.entropy, LAYOUT, scene])
 
 
 @dataclass
@@ -544,7 +545,7 @@ def _open(folder: Path, survey: Survey, task: _Task) -> Scenes:
         for i in survey.instruments
     }
     first = np.concatenate([[0], np.cumsum(truth["n_galaxies"])])
-    return Scenes(survey, stamps, flux, first, truth, (*task.entropy, 1))
+    return Scenes(survey, stamps, flux, first, truth, (*task.entropy, NOISE))
 
 
 def _stamp_file(folder: Path, instrument: str) -> Path:

@@ -18,32 +18,41 @@ import keras
 import yaml
 
 from .catalogues import Catalogue, catalogue
+from .fitting import LEARNING_RATE
 from .surveys import survey
-from .training import train_deblender, train_vae, warm_start
+from .training import train_deblender, train_linear, train_vae, warm_start
 from .weights import Network, available, load, save
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is made, from its warm start to its deblender.
+    """How a network is made: for what, from which start, of which architecture.
 
     `start` names the network that it begins with. A network for realistic galaxies
-    shares the prior of `start` and trains its deblender alone (section 5).
+    shares the decoder of `start` (section 5), and a linear one for another centring
+    does too. `paper` asks for the architecture of section 3.
     """
 
     survey: str
     centring: str = "exact"
     start: str | None = None
     realistic: bool = False
+    paper: bool = False
 
 
 RECIPES = {
     "lsst": Recipe("lsst"),
-    "lsst+euclid": Recipe("lsst+euclid", start="lsst"),
+    "lsst+euclid": Recipe("lsst+euclid"),
     "lsst-pixel": Recipe("lsst", "pixel", start="lsst"),
     "lsst-peak": Recipe("lsst", "peak", start="lsst"),
     "lsst+euclid-realistic": Recipe("lsst+euclid", start="lsst+euclid", realistic=True),
+    "lsst-paper": Recipe("lsst", paper=True),
+    "lsst+euclid-paper": Recipe("lsst+euclid", start="lsst-paper", paper=True),
+    "lsst-pixel-paper": Recipe("lsst", "pixel", start="lsst-paper", paper=True),
+    "lsst-peak-paper": Recipe("lsst", "peak", start="lsst-paper", paper=True),
 }
+# Mixed: products in half the bits, where the processor is faster with them.
+PRECISIONS = ("float32", "mixed_bfloat16")
 GENTLE = 5e-4  # learning rate of what starts from something trained
 
 
@@ -89,17 +98,22 @@ def train(
     recipe = RECIPES[name]
     of, n = survey(recipe.survey), (sizes.n_train, sizes.n_validation, sizes.epochs)
     rest = {"centring": recipe.centring, "seed": seed, "folder": folder}
-    prior, encoder = start, start and start.deblender
-    if not recipe.realistic:
-        if recipe.centring == "exact":
-            start, encoder = warm_start(galaxies, of, *n, start=start, **rest), None
-        prior, _ = train_vae(
-            galaxies, of, *n, start=start, learning_rate=GENTLE, **rest
-        )
+    if not recipe.paper:
+        rate = GENTLE if start else LEARNING_RATE
+        return train_linear(galaxies, of, *n, start=start, learning_rate=rate, **rest)
+    encoder = start and start.deblender
+    if recipe.centring == "exact":
+        start, encoder = warm_start(galaxies, of, *n, start=start, **rest), None
+    prior, _ = train_vae(galaxies, of, *n, start=start, learning_rate=GENTLE, **rest)
     network, _ = train_deblender(
         prior, galaxies, *n, start=encoder, learning_rate=GENTLE, **rest
     )
     return network
+
+
+def _inherits(recipe: Recipe) -> bool:
+    """Whether the network keeps the decoder of its start."""
+    return recipe.start is not None and not recipe.paper
 
 
 def provenance(arguments: list[str]) -> dict:
@@ -139,6 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
     recipe, out = RECIPES[args.name], Path(args.out)
+    keras.config.set_dtype_policy(args.precision)
     made = provenance(arguments)
     try:
         sizes = _sizes(args)
@@ -152,9 +167,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     network.card |= made
-    parts = ("decoder", "encoder") if recipe.realistic and ours else ()
-    shared = {part: f"../{recipe.start}/{part}.safetensors" for part in parts}
-    save(network, out / args.name, share=shared)
+    shared = {"decoder": f"../{recipe.start}/decoder.safetensors"}
+    save(network, out / args.name, share=shared if _inherits(recipe) and ours else None)
     shutil.rmtree(checkpoints)
 
 
@@ -178,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--n-validation", type=int, metavar="N", help="validation scenes")
     add("--epochs", type=int, metavar="N", help="passes over them, in each stage")
     add("--catalogue", default="synthetic", help="or a folder of COSMOS [%(default)s]")
+    add("--precision", default="float32", choices=PRECISIONS, help="[%(default)s]")
     add("--seed", type=int, default=1, help="of scenes, weights, draws [%(default)s]")
     return parser
 

@@ -1,4 +1,4 @@
-"""The trainings of the book: warm start, VAE and deblender."""
+"""The trainings of the book: warm start, VAE, deblender, and the linear network."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,24 +6,37 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from .batches import BATCH_SIZE, Batches, DecoderBatches, EncoderBatches
+from . import linear
+from .batches import (
+    BATCH_SIZE,
+    Batches,
+    DecoderBatches,
+    EncoderBatches,
+    TwinBatches,
+)
 from .catalogues import Catalogue
+from .comparison import statistics
+from .evaluation import evaluate
 from .fitting import LEARNING_RATE, History, fit
 from .networks import (
     Autoencoder,
+    calibration_loss,
     deblender,
     latent_likelihood,
     side_by_side,
     transplant,
     vae,
 )
-from .normalisation import Normalisation, fit_normalisation
+from .normalisation import NoiseUnits, Normalisation, fit_normalisation
 from .principal import fit_code
 from .simulation import Scenes, simulate
 from .surveys import Survey
 from .weights import Network
 
 CONSTANTS_FROM = 2000  # scenes, enough for eq. 4 and for principal components
+LINEAR_BATCH_SIZE = 64
+CALIBRATION = 4  # one epoch against bias for as many of the likelihood
+WATCHED = 1000  # validation blends measured after each epoch
 
 
 def warm_start(
@@ -164,6 +177,95 @@ def train_deblender(
         | {"centring": centring, "catalogue": _describe(catalogue)},
     }
     return replace(prior, deblender=model.encoder, card=card), history
+
+
+def train_linear(
+    catalogue: Catalogue,
+    survey: Survey,
+    n_train: int,
+    n_validation: int,
+    epochs: int,
+    centring: str = "exact",
+    seed: int = 1,
+    start: Network | None = None,
+    learning_rate: float = LEARNING_RATE,
+    folder: Path | None = None,
+) -> Network:
+    """Train the second network: principal components, then an encoder of blends.
+
+    The encoder first learns mean and width of each latent number by their likelihood;
+    a mean of what is possible is rounder and more usual than the truth, and the last
+    epochs take out that bias (`calibration_loss`). `start`, a linear network of the
+    same survey, gives the components and the first weights.
+    """
+    train = simulate(catalogue, survey, n_train, 4, centring, seed, "train")
+    watched = simulate(catalogue, survey, n_validation, 4, centring, seed, "validation")
+    network = _begin_linear(
+        catalogue, survey, min(n_train, CONSTANTS_FROM), seed, start
+    )
+    model = side_by_side(network.deblender)
+    project = network.decoder.get_layer("components").project
+
+    def code(stamps: np.ndarray) -> np.ndarray:
+        latent = project(network.normalisation.forward(stamps))
+        return keras.ops.convert_to_numpy(latent)
+
+    def watch() -> dict[str, float]:
+        numbers = statistics(evaluate(network, watched.take(slice(WATCHED))))
+        return {name: numbers[name] for name in ("slope", "sigma_de", "sigma_dr")}
+
+    histories = {}
+    for stage, batches, loss, n in (
+        ("deblender", EncoderBatches, latent_likelihood, epochs),
+        ("calibration", TwinBatches, calibration_loss, -(-epochs // CALIBRATION)),
+    ):
+        setting = {"normalisation": network.normalisation, "code": code, "seed": seed}
+        setting["batch_size"] = LINEAR_BATCH_SIZE // (1 + (batches is TwinBatches))
+        histories[stage] = fit(
+            model,
+            batches(train, **setting, swap_neighbours=centring == "exact"),
+            batches(watched, **setting, augment=False),
+            n,
+            learning_rate,
+            loss,
+            folder and folder / stage,
+            watch,
+        )
+    network.card = {
+        "centring": centring,
+        "catalogue": _describe(catalogue),
+        "seed": seed,
+        "batch_size": LINEAR_BATCH_SIZE,
+        "images_seen": {"vae": 0}
+        | {stage: history.images_seen for stage, history in histories.items()},
+    } | {
+        stage: _summary(history, n_train, epochs, learning_rate)
+        for stage, history in histories.items()
+    }
+    if start is not None:
+        network.card["start"] = _origin(start)
+    return network
+
+
+def _begin_linear(
+    catalogue: Catalogue, survey: Survey, n_train: int, seed: int, start: Network | None
+) -> Network:
+    """A linear network whose encoder knows nothing yet, or what `start` knows.
+
+    The components are those of peak-centred galaxies, so that networks of all three
+    centrings can share them.
+    """
+    keras.utils.set_random_seed(seed)
+    decoder = start.decoder if start else linear.decoder(survey)
+    if start is None:
+        n = min(max(n_train, 2 * linear.N_COMPONENTS), CONSTANTS_FROM)
+        few = simulate(catalogue, survey, n, 4, "peak", seed, "train")
+        decoder.set_weights(linear.fit_components(few, linear.N_COMPONENTS))
+    encoder = linear.encoder(survey, decoder, "deblender")
+    if start is not None:
+        encoder.set_weights(start.deblender.get_weights())
+    normalisation = NoiseUnits(np.sqrt(survey.sky))
+    return Network(survey, normalisation, None, decoder, encoder, {})
 
 
 def _begin(

@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as dump_safetensors
 
-from . import networks
-from .normalisation import Normalisation
+from . import linear, networks
+from .normalisation import NoiseUnits, Normalisation
 from .surveys import Survey, survey
 
 PARTS = ("decoder", "encoder", "deblender")  # `encoder` is that of the VAE
+ARCHITECTURES = ("paper", "linear")
 CARD = "card.json"
 # Biases and batch statistics are few and need the range; all else is kept in half.
 HALF_FROM = 2000  # elements
@@ -49,22 +50,28 @@ class Result:
 
 @dataclass
 class Network:
-    """A VAE prior and the deblender built on its decoder, for one survey.
+    """A prior and the deblender built on its decoder, for one survey.
 
-    `encoder` is that of the VAE, `deblender` the second encoder (None before it is
-    trained); `card` says how they were made.
+    `encoder` is that of the VAE, or None where the decoder is linear and needs none;
+    `deblender` is the second encoder, None before it is trained; `card` says how they
+    were made.
     """
 
     survey: Survey
-    normalisation: Normalisation
-    encoder: keras.Model
+    normalisation: Normalisation | NoiseUnits
+    encoder: keras.Model | None
     decoder: keras.Model
     deblender: keras.Model | None
     card: dict
 
     @property
+    def architecture(self) -> str:
+        """`"paper"`, of section 3, or `"linear"`, of `deblender.linear`."""
+        return ARCHITECTURES[isinstance(self.normalisation, NoiseUnits)]
+
+    @property
     def images_seen(self) -> dict[str, int]:
-        """Training images seen by the VAE and by the deblender."""
+        """Training images seen by the VAE, if there is one, and by the deblender."""
         return self.card["images_seen"]
 
     def deblend(self, noisy: np.ndarray, n_samples: int = 0, seed: int = 0) -> Result:
@@ -82,8 +89,11 @@ class Network:
     def reconstruct(
         self, noisy: np.ndarray, n_samples: int = 0, seed: int = 0
     ) -> Result:
-        """Denoise isolated galaxies with the VAE (section 3.2); as `deblend`."""
-        return self._pass(self.encoder, noisy, n_samples, seed)
+        """Denoise isolated galaxies with the VAE (section 3.2); as `deblend`.
+
+        Without a VAE it is the deblender that sees them.
+        """
+        return self._pass(self.encoder or self.deblender, noisy, n_samples, seed)
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
         """Latent vectors (n, latent) to images (n, y, x, band) in electrons."""
@@ -91,7 +101,12 @@ class Network:
         return self.normalisation.inverse(stamps)
 
     def generate(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        """Galaxies drawn from the prior, (n, y, x, band) in electrons."""
+        """Galaxies drawn from the prior, (n, y, x, band) in electrons.
+
+        Raises ValueError for a linear decoder, whose latent numbers are not normal.
+        """
+        if self.architecture == "linear":
+            raise ValueError("received a linear decoder; accepted: a VAE to draw from")
         size = self.decoder.input_shape[-1]
         return self.decode(rng.standard_normal((n, size), dtype=np.float32))
 
@@ -121,18 +136,19 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for part in PARTS:
-        if (model := getattr(network, part)) is None:
+        if getattr(network, part) is None:
             continue
         name = share.get(part, f"{part}.safetensors")
         if part not in share:
-            write_whole(folder / name, _dump(model))
+            write_whole(folder / name, _dump(_own(network, part)))
         files[part] = {"file": name, "sha256": _sha256((folder / name).read_bytes())}
     card = network.card | {
+        "architecture": network.architecture,
         "survey": network.survey.name,
         "bands": list(network.survey.band_names),
         "normalisation": {
-            "scale": list(map(float, network.normalisation.scale)),
-            "beta": network.normalisation.beta,
+            name: np.asarray(value, dtype=float).tolist()
+            for name, value in vars(network.normalisation).items()
         },
         "parts": files,
         "software": software(),
@@ -167,15 +183,37 @@ def load(
             f"network {str(name)!r} is for survey {card['survey']!r}; accepted here: "
             f"{expect_survey!r}"
         )
-    of_survey, n_bands = survey(card["survey"]), len(card["bands"])
-    scale = np.array(card["normalisation"]["scale"])
-    models = {"deblender": None}
+    network = _empty(card)
     for part in card["parts"]:
-        build = networks.decoder if part == "decoder" else networks.encoder
-        models[part] = build(n_bands, name=part)
-        _fill(models[part], found, card["parts"][part])
-    normalisation = Normalisation(scale, card["normalisation"]["beta"])
-    return Network(of_survey, normalisation, card=card, **models)
+        _fill(_own(network, part), found, card["parts"][part])
+    return network
+
+
+def _empty(card: dict) -> Network:
+    """The network that a card describes, with weights yet to be read."""
+    of_survey, parts = survey(card["survey"]), card["parts"]
+    values = {k: np.array(v) for k, v in card["normalisation"].items()}
+    if card.get("architecture") == "linear":
+        decoder = linear.decoder(of_survey)
+        second = linear.encoder(of_survey, decoder, "deblender")
+        return Network(of_survey, NoiseUnits(**values), None, decoder, second, card)
+    n_bands = len(of_survey.bands)
+    encoders = (
+        networks.encoder(n_bands, part) if part in parts else None
+        for part in ("encoder", "deblender")
+    )
+    first, second = encoders
+    decoder = networks.decoder(n_bands)
+    return Network(of_survey, Normalisation(**values), first, decoder, second, card)
+
+
+def _own(network: Network, part: str) -> list[keras.Variable]:
+    """Weights of a part; those that an encoder shares with the decoder are its."""
+    variables = getattr(network, part).weights
+    if part == "decoder":
+        return variables
+    shared = set(map(id, network.decoder.weights))
+    return [v for v in variables if id(v) not in shared]
 
 
 def available(folder: Path | None = None) -> list[str]:
@@ -194,21 +232,21 @@ def software() -> dict[str, str]:
     }
 
 
-def _dump(model: keras.Model) -> bytes:
-    values = map(keras.ops.convert_to_numpy, model.weights)
-    return dump_safetensors(dict(zip(_keys(model), map(_halve, values), strict=True)))
+def _dump(variables: list[keras.Variable]) -> bytes:
+    values = map(_halve, map(keras.ops.convert_to_numpy, variables))
+    return dump_safetensors(dict(zip(_keys(variables), values, strict=True)))
 
 
-def _keys(model: keras.Model) -> list[str]:
+def _keys(variables: list[keras.Variable]) -> list[str]:
     # Keras numbers layers from the first of a process on; positions do not change.
-    return [f"{i:03d}.{v.name}" for i, v in enumerate(model.weights)]
+    return [f"{i:03d}.{v.name}" for i, v in enumerate(variables)]
 
 
 def _halve(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float16 if values.size >= HALF_FROM else np.float32)
 
 
-def _fill(model: keras.Model, folder: Path, part: dict) -> None:
+def _fill(variables: list[keras.Variable], folder: Path, part: dict) -> None:
     file = folder / part["file"]
     content = file.read_bytes() if file.is_file() else b""
     if _sha256(content) != part["sha256"]:
@@ -217,14 +255,15 @@ def _fill(model: keras.Model, folder: Path, part: dict) -> None:
             f"accepted: {part['sha256'][:12]}, as its {CARD} says"
         )
     stored = parse_safetensors(content)
-    values = [stored.get(key) for key in _keys(model)]
+    values = [stored.get(key) for key in _keys(variables)]
     shapes = [None if v is None else v.shape for v in values]
-    expected = [tuple(v.shape) for v in model.weights]
+    expected = [tuple(v.shape) for v in variables]
     if shapes != expected:
         raise ValueError(
             f"weights {file} have shapes {shapes[:3]}...; accepted: {expected[:3]}..."
         )
-    model.set_weights([v.astype(np.float32) for v in values])
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value.astype(np.float32))
 
 
 def dump_variables(variables: list[keras.Variable], state: dict) -> bytes:

@@ -1,0 +1,173 @@
+"""The second network: galaxies as sums of principal components.
+
+Where the paper's decoder is a convolutional network that has to be trained, this one is
+linear and comes from a singular value decomposition of noiseless stamps. Its encoder
+has a linear path too: the stamp projected on the components, which convolutions then
+correct for neighbours and noise.
+"""
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from .batches import dihedral
+from .networks import CONVOLUTION, DENSE, activate
+from .simulation import Scenes
+from .surveys import Survey
+
+N_COMPONENTS = 96
+FILTERS = (32, 64, 128, 256)
+HIDDEN = 256
+APERTURE = 0.9  # arcsec, FWHM of the Gaussian that weighs the centre of a stamp
+FAINTEST = 5.0  # the amplitude of a stamp without a galaxy, in units of its noise
+NARROWEST, WIDEST = -9.0, 4.0  # logarithm of a relative width
+# Single numbers that carry a galaxy's whole brightness do not survive half precision.
+EXACT = {"dtype": "float32"}
+FLAT = EXACT | {"kernel_initializer": "zeros"}
+
+
+def aperture(survey: Survey) -> np.ndarray:
+    """Gaussian weights at the centre, of unit sum of squares over all bands."""
+    weights = np.empty(survey.shape, dtype=np.float32)  # (y, x, band)
+    offset = np.arange(survey.shape[0]) - (survey.shape[0] - 1) / 2
+    for i, band in enumerate(survey.bands):
+        width = APERTURE / np.sqrt(8 * np.log(2)) / band.instrument.pixel_scale
+        profile = np.exp(-0.5 * (offset / width) ** 2)
+        image = np.outer(profile, profile)
+        weights[..., i] = image / np.linalg.norm(image)
+    return weights / np.sqrt(len(survey.bands), dtype=np.float32)
+
+
+def amplitudes(stamps, weights):
+    """Signal-to-noise ratio inside an aperture, at least FAINTEST.
+
+    `stamps` (scene, y, x, band) in units of their noise; returns (scene, 1).
+    """
+    signal = ops.sum(ops.multiply(stamps, weights), axis=(1, 2, 3))
+    signal = ops.sqrt(ops.square(ops.maximum(signal, 0.0)) + FAINTEST**2)
+    return ops.expand_dims(signal, -1)
+
+
+class Amplitude(layers.Layer):
+    """The brightness that a network divides its stamp by; see `amplitudes`."""
+
+    def __init__(self, survey: Survey, **kwargs):
+        super().__init__(**kwargs)
+        self.aperture = aperture(survey)
+
+    def call(self, stamps):
+        return amplitudes(stamps, self.aperture)  # (batch, 1)
+
+
+class Components(layers.Layer):
+    """Sum of orthonormal images, each times a latent number and its usual size."""
+
+    def __init__(self, survey: Survey, n_components: int, **kwargs):
+        super().__init__(**kwargs)
+        self.stamp_shape = survey.shape
+        shape = (n_components, int(np.prod(survey.shape)))
+        self.images = self.add_weight(shape=shape, trainable=False, name="images")
+        self.sizes = self.add_weight(
+            shape=(n_components,), initializer="ones", trainable=False, name="sizes"
+        )
+
+    def call(self, latent):
+        flat = ops.matmul(latent * self.sizes, self.images)
+        return ops.reshape(flat, (-1, *self.stamp_shape))  # (batch, y, x, band)
+
+    def project(self, stamps):
+        """Least-squares latent vectors of stamps."""
+        flat = ops.reshape(stamps, (-1, self.images.shape[1]))
+        products = ops.matmul(flat, ops.transpose(self.images))
+        return products / self.sizes  # (batch, latent)
+
+
+class Projection(layers.Layer):
+    """The linear path of the encoder: what `Components` would see in the stamp."""
+
+    def __init__(self, components: Components, **kwargs):
+        super().__init__(**kwargs)
+        self.components = components
+
+    def call(self, stamps):
+        return self.components.project(stamps)  # (batch, latent)
+
+
+def fit_components(scenes: Scenes, n_components: int) -> tuple[np.ndarray, np.ndarray]:
+    """Principal components of noiseless targets divided by noise and amplitude.
+
+    Returns images (component, y * x * band), orthonormal, and the root mean square of
+    the numbers that go with them (component,). Few scenes are enough: each is turned
+    one way of eight, and the Gram matrix has one row a scene.
+
+    Raises ValueError for fewer scenes than components.
+    """
+    if len(scenes) < n_components:
+        raise ValueError(
+            f"received {len(scenes)} scenes; accepted: {n_components} or more"
+        )
+    survey = scenes.survey
+    stamps = scenes.target / np.sqrt(survey.sky)
+    stamps = dihedral(stamps, np.arange(len(stamps)) % 8)
+    size = ops.convert_to_numpy(amplitudes(stamps, aperture(survey)))
+    vectors = stamps.reshape(len(stamps), -1) / size  # (scene, feature)
+    values, rotations = np.linalg.eigh(vectors @ vectors.T)
+    values, rotations = (
+        values[::-1][:n_components],
+        rotations[:, ::-1][:, :n_components],
+    )
+    images = (rotations / np.sqrt(values)).T @ vectors
+    # The sign of an eigenvector is free; every machine must choose the same.
+    peaks = np.take_along_axis(images, np.abs(images).argmax(1)[:, None], 1)
+    return images * np.sign(peaks), np.sqrt(values / len(vectors))
+
+
+def decoder(survey: Survey, n_components: int = N_COMPONENTS) -> keras.Model:
+    """Latent vector to stamp in units of the noise of the sky; linear.
+
+    Input (batch, latent), output (batch, y, x, band). Its weights are those of
+    `fit_components`, and stay.
+    """
+    latent = keras.Input((n_components,), name="latent")
+    components = Components(survey, n_components, name="components", **EXACT)
+    return keras.Model(latent, components(latent), name="decoder")
+
+
+def _convolutions(x: keras.KerasTensor, loudness: keras.KerasTensor):
+    """Four times half the pixels; the loudness of the noise joins at the first."""
+    for i, filters in enumerate(FILTERS):
+        x = layers.Conv2D(filters, 3 if i else 5, strides=2, **CONVOLUTION)(x)
+        if i == 0:
+            x = x + ops.reshape(layers.Dense(filters)(loudness), (-1, 1, 1, filters))
+        x = activate(x, shared=True)
+        if i < len(FILTERS) - 1:
+            x = layers.Conv2D(filters, 3, **CONVOLUTION)(x)
+            x = activate(x, shared=True)
+    return layers.Flatten()(x)
+
+
+def encoder(survey: Survey, decoder: keras.Model, name: str = "encoder") -> keras.Model:
+    """Stamp in units of its noise to mean and width of each latent number.
+
+    Input (batch, y, x, band); outputs two tensors (batch, latent). It sees the stamp
+    divided by its amplitude, linearly and by an arcsinh that shows faint light, and the
+    logarithm of the amplitude, which is how loud the noise is. The components are those
+    of the decoder, whose weights it shares.
+    """
+    n = decoder.input_shape[-1]
+    stamp = keras.Input(survey.shape, name="stamp")
+    amplitude = Amplitude(survey, name="amplitude", **EXACT)(stamp)  # (batch, 1)
+    projection = Projection(decoder.get_layer("components"), name="projection", **EXACT)
+    linear = projection(stamp) / amplitude
+    loudness = ops.log(amplitude) - 3.0  # near zero
+    x = stamp / ops.reshape(amplitude, (-1, 1, 1, 1))
+    x = layers.Concatenate()([5.0 * x, ops.arcsinh(100.0 * x) / 3.0])
+    x = _convolutions(x, loudness)
+    x = layers.Concatenate()([x, ops.arcsinh(linear), loudness])
+    x = activate(layers.Dense(HIDDEN, **DENSE)(x))
+    gate = layers.Dense(n, activation="sigmoid", name="gate", **EXACT)(x)
+    correction = layers.Dense(n, name="correction", **EXACT)(x)
+    spread = layers.Dense(n, name="spread", **FLAT)(x)
+    spread = ops.exp(ops.clip(spread, NARROWEST, WIDEST))
+    mean = amplitude * (gate * linear + correction)
+    return keras.Model(stamp, [mean, amplitude * spread], name=name)
