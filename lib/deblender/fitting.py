@@ -23,8 +23,8 @@ WARM_UP = 100  # steps
 MEMORY = 0.98  # of Adam's mean square
 LARGEST_GRADIENT = {  # L2 norm
     cross_entropy: 600.0,
-    latent_likelihood: 20.0,
-    calibration_loss: 20.0,
+    latent_likelihood: 50.0,
+    calibration_loss: 50.0,
 }
 Watch = Callable[[], dict[str, float]]  # numbers that an epoch ends with
 PATIENCE = 10  # epochs without a better validation loss, after which training stops

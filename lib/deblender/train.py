@@ -18,9 +18,8 @@ import keras
 import yaml
 
 from .catalogues import Catalogue, catalogue
-from .fitting import LEARNING_RATE
 from .surveys import survey
-from .training import train_deblender, train_linear, train_vae, warm_start
+from .training import LINEAR_RATE, train_deblender, train_linear, train_vae, warm_start
 from .weights import Network, available, load, save
 
 
@@ -99,7 +98,7 @@ def train(
     of, n = survey(recipe.survey), (sizes.n_train, sizes.n_validation, sizes.epochs)
     rest = {"centring": recipe.centring, "seed": seed, "folder": folder}
     if not recipe.paper:
-        rate = GENTLE if start else LEARNING_RATE
+        rate = LINEAR_RATE / 2 if start else LINEAR_RATE
         return train_linear(galaxies, of, *n, start=start, learning_rate=rate, **rest)
     encoder = start and start.deblender
     if recipe.centring == "exact":
