@@ -15,6 +15,7 @@ def test_splits_are_disjoint_and_bright_enough(synthetic):
     joined = np.concatenate(list(parts.values()))
     assert len(np.unique(joined)) == len(joined)
     assert set(joined) == set(np.flatnonzero(r_mag < LIMITING_MAGNITUDE))
+    np.testing.assert_array_equal(synthetic.split("all"), np.sort(joined))
     assert 4900 < len(parts["test"]) <= 5000 < len(parts["validation"])
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import deblender
+from deblender import evaluation
 from deblender.evaluation import channels, ellipticity_pairs, evaluate, shear_samples
 from deblender.measurement import ellipticity_bias, shear_biases
 from deblender.weights import Result
@@ -57,15 +58,18 @@ def test_a_network_sees_its_own_bands_only(synthetic, survey, scenes):
         channels(scenes, Oracle(ten.survey, ten.target))
 
 
-def test_shear_samples_share_their_noise(synthetic, survey, scenes):
-    oracle = Oracle(survey, scenes.target)
-    n = len(scenes)
+def test_shear_samples_share_their_noise(synthetic, survey, scenes, monkeypatch):
+    monkeypatch.setattr(evaluation, "SNR_RANGE", (20, 200))
+    n, snr = len(scenes), np.asarray(scenes.truth["snr"])
+    counted = np.flatnonzero((snr >= 20) & (snr < 200))
+    assert 5 < len(counted) < n
+    oracle = Oracle(survey, scenes.target[counted])
     tables = shear_samples({"oracle": oracle}, synthetic, survey, n, seed=8)
     shears = list(tables["target"])
     noise = []
     for shear, noisy in zip(shears, oracle.shown, strict=True):
         sheared = deblender.simulate(synthetic, survey, n, seed=8, shear=shear)
-        noise.append(noisy - sheared.blend)
+        noise.append(noisy - sheared.blend[counted])
     for other in noise[1:]:
         np.testing.assert_allclose(other, noise[0], atol=0.05)  # float32 of 1e5
     # An answer that ignores the shear has m = -1; the targets follow it.

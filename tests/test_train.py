@@ -13,18 +13,21 @@ TINY = ["--n-train", "8", "--n-validation", "8", "--epochs", "1"]
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
+    main(["lsst-paper", "--out", str(folder), *TINY])
     main(["lsst", "--out", str(folder), *TINY])
     return folder
 
 
 def test_network_comes_with_its_card(out):
-    network = deblender.load(out / "lsst", expect_survey="lsst")
-    card = network.card
-    assert network.images_seen == {"vae": 8, "deblender": 8}
-    assert card["command"].startswith("python -m deblender.train lsst --out")
+    names = ["lsst", "lsst-paper"]
+    for name in names:
+        network = deblender.load(out / name, expect_survey="lsst")
+        card = network.card
+        assert network.images_seen["deblender"] == 8
+        assert card["command"].startswith(f"python -m deblender.train {name} --out")
+        assert {"commit", "hardware", "software", "seed", "batch_size"} <= card.keys()
     assert card["start"]["card"]["images_seen"] == {"decoder": 8, "encoder": 8}
-    assert {"commit", "hardware", "software", "seed", "batch_size"} <= card.keys()
-    assert [f.name for f in out.iterdir()] == ["lsst"]  # no checkpoint remains
+    assert sorted(f.name for f in out.iterdir()) == names  # no checkpoint remains
 
 
 def test_decentred_network_starts_from_the_one_trained_here(out):
@@ -33,6 +36,7 @@ def test_decentred_network_starts_from_the_one_trained_here(out):
     ours = deblender.load("lsst", folder=out).card
     assert card["centring"] == "pixel"
     assert card["start"]["card"]["command"] == ours["command"]
+    assert card["parts"]["decoder"]["file"] == "../lsst/decoder.safetensors"
 
 
 def test_transfer_from_the_book_keeps_its_own_copy_of_the_prior(tmp_path):

@@ -22,6 +22,7 @@ REQUIRED = {
         "fig-generated",
         "fig-ellipticity",  # Fig. 4
         "fig-isolated-errors",  # Fig. 5
+        "fig-components",
     ),
     "04_deblender": (
         "fig-deblended",  # Fig. A1
@@ -31,7 +32,7 @@ REQUIRED = {
     ),
     "05_decentring": ("fig-decentring", "fig-bias-snr"),  # Figs 7 and 8
     "06_transfer_learning": ("fig-transfer-bias", "fig-transfer-images"),  # 9 and B1
-    "08_side_by_side": ("fig-side-by-side",),
+    "08_side_by_side": ("fig-side-by-side", "fig-learning"),
 }
 
 

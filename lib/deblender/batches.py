@@ -12,6 +12,14 @@ BATCH_SIZE = 16
 CODE_NOISE = 0.05  # keeps neighbouring codes decoding to neighbouring galaxies
 
 
+def fill_up(values: np.ndarray) -> np.ndarray:
+    """Repeat the first values until all devices that share a batch have as many."""
+    distribution = keras.distribution.distribution()
+    n_devices = 1 if distribution is None else distribution.device_mesh.devices.size
+    extra = -len(values) % n_devices
+    return np.concatenate([values, values[:1].repeat(extra, axis=0)])
+
+
 class Batches(keras.utils.PyDataset):
     """Pairs of normalised (noisy blend, noiseless target) for `fit`.
 
@@ -62,6 +70,7 @@ class Batches(keras.utils.PyDataset):
     def draw(self, index: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
         """Noiseless targets and blends of a batch in electrons, and its generator."""
         chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+        chosen = fill_up(chosen)
         epoch = self.epoch if self.augment else 0
         rng = np.random.default_rng([self.seed, epoch, 1 + index])
         target = self.scenes.compose(self.scenes.first[chosen])  # (batch, y, x, band)

@@ -22,7 +22,7 @@ from .surveys import Survey, survey
 LIMITING_MAGNITUDE = 27.5  # r band, AB (section 2.1.2)
 N_TEST = 5000  # galaxies kept for the test sample alone (section 2.1)
 N_REALISTIC = 1000  # HST-like stamps drawn for chapter 6
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "all")
 # GalSim's three templates, in the order of the columns of `Catalogue.fractions`.
 TEMPLATES = ("CWW_E_ext_more.sed", "CWW_Scd_ext_more.sed", "CWW_Sbc_ext_more.sed")
 BULGE, DISC, INTERMEDIATE = range(3)
@@ -112,10 +112,11 @@ class Catalogue:
         return magnitudes
 
     def split(self, name: str) -> np.ndarray:
-        """Row numbers of the galaxies brighter than r = 27.5 in one of three parts.
+        """Rows of the galaxies brighter than r = 27.5 in a part of the catalogue.
 
         `"test"` has 5000 rows (a quarter of a small catalogue) that never serve
         elsewhere; the rest is `"validation"` (a sixth) and `"train"`. Section 2.1.
+        `"all"` takes every row, to test networks that know another catalogue.
 
         Raises ValueError for another name.
         """
@@ -125,7 +126,8 @@ class Catalogue:
         n_test = min(N_TEST, len(self) // 4)
         n_validation = (len(self) - n_test) // 6
         parts = np.split(order, [n_test, n_test + n_validation])
-        rows = dict(zip(("test", "validation", "train"), parts, strict=True))[name]
+        parts = dict(zip(("test", "validation", "train"), parts, strict=True))
+        rows = parts.get(name, order)
         lsst = survey("lsst")
         r_mag = self.magnitudes(lsst)[:, lsst.index("r")]
         return np.sort(rows[r_mag[rows] < LIMITING_MAGNITUDE])

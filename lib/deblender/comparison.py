@@ -6,9 +6,8 @@ import numpy as np
 from astropy.table import Table
 
 from .evaluation import ellipticity_pairs
-from .measurement import regression
+from .measurement import SNR_RANGE, regression
 
-SNR_RANGE = (10.0, 3000.0)  # where the paper calls its medians stable
 SNR_BINS = 10
 FEWEST = 10  # galaxies of a bin that counts
 HARD_BLENDS = (0.75, 0.85)  # B_closest around 80 %

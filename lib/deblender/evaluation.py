@@ -7,7 +7,7 @@ from astropy.table import Table, hstack, vstack
 from tqdm import tqdm
 
 from .catalogues import Catalogue
-from .measurement import errors, measure
+from .measurement import SNR_RANGE, errors, measure
 from .simulation import Scenes, simulate
 from .surveys import Survey
 from .weights import Network
@@ -67,14 +67,20 @@ def shear_samples(
 
     Galaxies, positions, rotations and noise are the same under (0, 0), (+-gamma, 0)
     and (0, +-gamma): the noise of the unsheared sample is added to each, because equal
-    seeds do not pair Poisson draws. Returns, for each network by name and for
-    `"target"`, the table of `measure` of each shear, as `shear_biases` takes them.
+    seeds do not pair Poisson draws. Only targets of signal-to-noise ratio 10 to 3000
+    count, by their unsheared image, so that shear selects nothing. Returns, for each
+    network by name and for `"target"`, the table of `measure` of each shear, as
+    `shear_biases` takes them.
     """
     plain = simulate(catalogue, survey, n_scenes, seed=seed)
+    low, high = SNR_RANGE
+    counted = np.flatnonzero((plain.truth["snr"] >= low) & (plain.truth["snr"] < high))
+    plain = plain.take(counted)
     tables: dict[str, dict] = {"target": {}} | {name: {} for name in networks}
     for sign in SHEARS:
         shear = (sign[0] * gamma, sign[1] * gamma)
         sheared = simulate(catalogue, survey, n_scenes, seed=seed, shear=shear)
+        sheared = sheared.take(counted)
         parts: dict[str, list[Table]] = {name: [] for name in tables}
         for batch, still in zip(
             _progress(sheared, survey), plain.batches(), strict=True

@@ -6,6 +6,8 @@ has a linear path too: the stamp projected on the components, which convolutions
 correct for neighbours and noise.
 """
 
+from collections.abc import Callable
+
 import keras
 import numpy as np
 from keras import layers, ops
@@ -117,6 +119,7 @@ def fit_components(scenes: Scenes, n_components: int) -> tuple[np.ndarray, np.nd
         rotations[:, ::-1][:, :n_components],
     )
     images = (rotations / np.sqrt(values)).T @ vectors
+    images = np.linalg.qr(images.T)[0].T  # the faintest have lost it to rounding
     # The sign of an eigenvector is free; every machine must choose the same.
     peaks = np.take_along_axis(images, np.abs(images).argmax(1)[:, None], 1)
     return images * np.sign(peaks), np.sqrt(values / len(vectors))
@@ -144,6 +147,17 @@ def _convolutions(x: keras.KerasTensor, loudness: keras.KerasTensor):
             x = layers.Conv2D(filters, 3, **CONVOLUTION)(x)
             x = activate(x, shared=True)
     return layers.Flatten()(x)
+
+
+def project(decoder: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from noiseless stamps to the latent vectors nearest to them.
+
+    The function takes (scene, y, x, band) in units of the noise and returns
+    (scene, latent). It keeps a copy of the components, because JAX takes a model's
+    weights away while it trains.
+    """
+    images, sizes = decoder.get_weights()
+    return lambda stamps: stamps.reshape(len(stamps), -1) @ images.T / sizes
 
 
 def encoder(survey: Survey, decoder: keras.Model, name: str = "encoder") -> keras.Model:

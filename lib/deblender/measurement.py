@@ -18,6 +18,7 @@ from .surveys import STAMP_SIZE, Instrument, Survey
 
 PERCENTILES = {"p2.3": 2.3, "p16": 16.0, "median": 50.0, "p84": 84.0, "p97.7": 97.7}
 N_BOOTSTRAP = 200
+SNR_RANGE = (10.0, 3000.0)  # where the paper calls its medians stable
 MIN_SCENES = 10  # fewer give no slope worth a bootstrap
 NO_FLUX = "non-positive flux"
 

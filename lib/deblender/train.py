@@ -123,17 +123,24 @@ def provenance(arguments: list[str]) -> dict:
         "hardware": {
             "machine": platform.machine(),
             "cores": os.cpu_count(),
-            "accelerators": _accelerators(),
+            "accelerators": sum("cpu" not in name.lower() for name in _devices()),
         },
     }
 
 
-def _accelerators() -> int:
+def _devices() -> list[str]:
+    """Devices that the backend lists: GPUs where there are some, or else processors."""
     try:
-        devices = keras.distribution.list_devices()
+        return keras.distribution.list_devices()
     except (AttributeError, NotImplementedError):  # not with every backend
-        return 0
-    return sum("cpu" not in device.lower() for device in devices)
+        return []
+
+
+def _share_batches() -> None:
+    """Split each batch between all devices, where the backend can."""
+    if keras.backend.backend() == "jax" and len(_devices()) > 1:
+        parallel = keras.distribution.DataParallel(devices=_devices())
+        keras.distribution.set_distribution(parallel)
 
 
 def _commit() -> str:
@@ -153,6 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     recipe, out = RECIPES[args.name], Path(args.out)
     keras.config.set_dtype_policy(args.precision)
+    _share_batches()
     made = provenance(arguments)
     try:
         sizes = _sizes(args)

@@ -205,11 +205,7 @@ def train_linear(
         catalogue, survey, min(n_train, CONSTANTS_FROM), seed, start
     )
     model = side_by_side(network.deblender)
-    project = network.decoder.get_layer("components").project
-
-    def code(stamps: np.ndarray) -> np.ndarray:
-        latent = project(network.normalisation.forward(stamps))
-        return keras.ops.convert_to_numpy(latent)
+    project, units = linear.project(network.decoder), network.normalisation
 
     def watch() -> dict[str, float]:
         numbers = statistics(evaluate(network, watched.take(slice(WATCHED))))
@@ -228,7 +224,8 @@ def train_linear(
         ("deblender", EncoderBatches, latent_likelihood, epochs),
         ("calibration", TwinBatches, calibration_loss, -(-epochs // CALIBRATION)),
     ):
-        setting = {"normalisation": network.normalisation, "code": code, "seed": seed}
+        setting = {"normalisation": units, "seed": seed}
+        setting["code"] = lambda stamps: project(units.forward(stamps))
         setting["batch_size"] = LINEAR_BATCH_SIZE // (1 + (batches is TwinBatches))
         history = fit(
             model,

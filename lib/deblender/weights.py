@@ -15,6 +15,7 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as dump_safetensors
 
 from . import linear, networks
+from .batches import fill_up
 from .normalisation import NoiseUnits, Normalisation
 from .surveys import Survey, survey
 
@@ -23,7 +24,7 @@ ARCHITECTURES = ("paper", "linear")
 CARD = "card.json"
 # Biases and batch statistics are few and need the range; all else is kept in half.
 HALF_FROM = 2000  # elements
-BATCH = 100  # stamps through a network at a time
+BATCH = 96  # stamps through a network at a time; divides by 2, 3, 4, 6, 8 devices
 
 
 def weights_folder() -> Path:
@@ -97,8 +98,7 @@ class Network:
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
         """Latent vectors (n, latent) to images (n, y, x, band) in electrons."""
-        stamps = self.decoder.predict(latent, batch_size=BATCH, verbose=0)
-        return self.normalisation.inverse(stamps)
+        return self.normalisation.inverse(_predict(self.decoder, latent))
 
     def generate(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """Galaxies drawn from the prior, (n, y, x, band) in electrons.
@@ -114,7 +114,7 @@ class Network:
         self, encoder: keras.Model, noisy: np.ndarray, n_samples: int, seed: int
     ) -> Result:
         stamps = self.normalisation.forward(self.survey.check_images(noisy))
-        mean, width = encoder.predict(stamps, batch_size=BATCH, verbose=0)
+        mean, width = _predict(encoder, stamps)
         samples = None
         if n_samples:
             rng = np.random.default_rng(seed)
@@ -122,6 +122,12 @@ class Network:
             flat = (mean + width * draws).reshape(-1, mean.shape[-1])
             samples = self.decode(flat).reshape(n_samples, *stamps.shape)
         return Result(self.decode(mean), mean, width, samples)
+
+
+def _predict(model: keras.Model, values: np.ndarray):
+    """Output of a model, or list of outputs, for few values at a time."""
+    output = model.predict(fill_up(values), batch_size=BATCH, verbose=0)
+    return keras.tree.map_structure(lambda array: array[: len(values)], output)
 
 
 def save(

@@ -1,0 +1,161 @@
+"""The linear network: components, amplitude, the loss against bias, its files."""
+
+import keras
+import numpy as np
+import pytest
+
+import deblender
+from deblender import linear, training, weights
+from deblender.batches import TwinBatches
+from deblender.networks import LEEWAY, calibration_loss
+from deblender.normalisation import NoiseUnits
+
+
+@pytest.fixture(scope="module")
+def survey():
+    return deblender.survey("lsst")
+
+
+@pytest.fixture(scope="module")
+def blends(synthetic, survey):
+    return deblender.simulate(synthetic, survey, 200, seed=3)
+
+
+@pytest.fixture(scope="module")
+def units(survey):
+    return NoiseUnits(np.sqrt(survey.sky))
+
+
+@pytest.fixture(scope="module")
+def network(synthetic, survey):
+    return training.train_linear(synthetic, survey, 64, 16, 1)
+
+
+def test_components_are_those_of_a_singular_value_decomposition(blends, units):
+    images, sizes = linear.fit_components(blends, 20)
+    np.testing.assert_allclose(images @ images.T, np.eye(20), atol=1e-4)
+    stamps = linear.dihedral(units.forward(blends.target), np.arange(200) % 8)
+    size = linear.amplitudes(stamps, linear.aperture(blends.survey))
+    size = keras.ops.convert_to_numpy(size)
+    values = np.linalg.svd(stamps.reshape(200, -1) / size, compute_uv=False)
+    np.testing.assert_allclose(sizes, values[:20] / np.sqrt(200), rtol=1e-3)
+
+
+def test_too_few_scenes_are_named(blends):
+    with pytest.raises(ValueError, match="received 5 scenes; accepted: 20 or more"):
+        linear.fit_components(blends.take(np.arange(5)), 20)
+
+
+def test_amplitude_is_a_signal_to_noise_ratio(survey):
+    aperture = linear.aperture(survey)
+    assert np.sum(aperture**2) == pytest.approx(1, rel=1e-5)
+    empty, bright = np.zeros_like(aperture), 100 * aperture
+    amplitude = linear.amplitudes(np.stack([empty, bright]), aperture)
+    expected = [linear.FAINTEST, np.hypot(100, linear.FAINTEST)]
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(amplitude)[:, 0], expected, rtol=1e-5
+    )
+
+
+def test_decoder_and_projection_are_inverse(network):
+    latent = np.random.default_rng(1).normal(size=(3, linear.N_COMPONENTS)).astype("f4")
+    stamps = keras.ops.convert_to_numpy(network.decoder(latent))
+    again = linear.project(network.decoder)(stamps)
+    np.testing.assert_allclose(again, latent, atol=0.02)
+
+
+def test_components_redraw_galaxies(synthetic, survey, blends):
+    few = deblender.simulate(synthetic, survey, 400, 4, "peak", split="train")
+    images, _ = linear.fit_components(few, linear.N_COMPONENTS)
+    stamps = blends.target / np.sqrt(survey.sky)
+    vectors = stamps.reshape(len(stamps), -1)
+    redrawn = vectors @ images.T @ images
+    lost = np.linalg.norm(redrawn - vectors, axis=1) / np.linalg.norm(vectors, axis=1)
+    assert np.median(lost) < 0.05
+
+
+def test_training_leaves_the_components_alone(network, synthetic, survey):
+    before = network.decoder.get_weights()
+    other = training.train_linear(synthetic, survey, 16, 8, 1, "pixel", start=network)
+    assert other.decoder is network.decoder
+    for old, new in zip(before, other.decoder.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert other.card["start"]["card"] is network.card
+    assert other.images_seen == {"vae": 0, "deblender": 16, "calibration": 16}
+
+
+def test_history_watches_the_slope(network):
+    curve = network.card["deblender"]["curve"]
+    assert curve["val_images"] == [64]
+    assert len(curve["slope"]) == len(curve["sigma_dr"]) == 1
+
+
+def test_loss_against_bias_in_closed_form():
+    """Errors of mean b and size s: lambda s^2 + b^2 over the width squared, halved."""
+    rng, n, bias, size, width = np.random.default_rng(2), 200_000, 0.7, 1.3, 2.0
+    error = bias + size * rng.standard_normal((2 * n, 1))
+    latent = np.concatenate([-error, np.full_like(error, width)], axis=1)
+    found = calibration_loss(np.zeros_like(error, "f4"), latent.astype("f4"))
+    point = (LEEWAY * size**2 + bias**2) / (2 * width**2)
+    widths = np.log(width) + (size**2 + bias**2) / (2 * width**2)
+    assert float(keras.ops.mean(found)) == pytest.approx(point + widths, rel=0.01)
+
+
+def test_twins_share_the_target_and_nothing_else(blends, units):
+    batches = TwinBatches(
+        blends, units, 20, swap_neighbours=True, code=lambda target: target.mean((1, 2))
+    )
+    noisy, code = batches[0]
+    assert len(noisy) == len(code) == 40
+    np.testing.assert_array_equal(code[:20], code[20:])
+    assert not np.array_equal(noisy[:20], noisy[20:])
+    # Turned neighbours keep their light: what differs in the sums is noise.
+    sums = noisy.sum(axis=(1, 2))
+    assert np.std(sums[:20] - sums[20:]) < 3 * 64 * np.sqrt(2)
+
+
+def test_training_noise_has_the_variance_of_poisson(blends, units, survey):
+    batches = TwinBatches(blends, units, 200, augment=False, code=lambda t: t[:, 0, 0])
+    noisy, _ = batches[0]
+    difference = (noisy[:200] - noisy[200:]) * np.sqrt(survey.sky)
+    expected = 2 * (blends.blend + survey.sky).mean(axis=(0, 1, 2))
+    np.testing.assert_allclose(
+        np.square(difference).mean(axis=(0, 1, 2)), expected, rtol=0.01
+    )
+
+
+def test_what_is_saved_is_what_is_loaded(network, blends, tmp_path):
+    weights.save(network, tmp_path / "a")
+    share = {"decoder": "../a/decoder.safetensors"}
+    weights.save(network, tmp_path / "b", share=share)
+    loaded = deblender.load(tmp_path / "b")
+    assert loaded.architecture == "linear" and loaded.encoder is None
+    noisy = blends.take(np.arange(10)).noisy
+    before, after = network.deblend(noisy), loaded.deblend(noisy)
+    size = np.abs(before.image).max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(after.image / size, before.image / size, atol=0.02)
+    files = {file.name for file in (tmp_path / "b").iterdir()}
+    assert files == {"deblender.safetensors", weights.CARD}
+    # The encoder's file does not hold the components a second time.
+    bytes_of = {p: (tmp_path / "a" / f"{p}.safetensors").stat().st_size for p in
+                ("decoder", "deblender")}  # fmt: skip
+    assert bytes_of["decoder"] > 2 * network.decoder.weights[0].shape[0] * 64 * 64 * 6
+    assert bytes_of["deblender"] < 4_000_000
+
+
+def test_isolated_galaxies_go_through_the_deblender(network, blends):
+    noisy = blends.take(np.arange(3)).noisy
+    one, other = network.reconstruct(noisy), network.deblend(noisy)
+    np.testing.assert_array_equal(one.image, other.image)
+
+
+def test_linear_decoder_does_not_dream(network):
+    with pytest.raises(ValueError, match="linear decoder; accepted: a VAE"):
+        network.generate(2, np.random.default_rng(1))
+
+
+def test_samples_have_the_widths_of_the_encoder(network, blends):
+    result = network.deblend(blends.take(np.arange(2)).noisy, n_samples=300)
+    flat = network.normalisation.forward(result.samples).reshape(-1, 64, 64, 6)
+    latent = linear.project(network.decoder)(flat).reshape(300, 2, -1)
+    np.testing.assert_allclose(latent.std(axis=0) / result.latent_width, 1, atol=0.25)
