@@ -1,11 +1,14 @@
 """Batches, symmetries, swaps, and what training may and may not change."""
 
+from types import SimpleNamespace
+
+import keras
 import numpy as np
 import pytest
 
 import deblender
 from deblender import networks, training
-from deblender.batches import Batches, dihedral, swap_neighbours
+from deblender.batches import Batches, dihedral, fill_up, swap_neighbours
 from deblender.fitting import fit
 from deblender.normalisation import Normalisation
 from deblender.weights import Network
@@ -107,3 +110,16 @@ def test_another_survey_starts_from_trained_bands(synthetic):
         ten.normalisation.scale[:6], prior.normalisation.scale
     )
     assert ten.card["start"]["survey"] == "lsst"
+
+
+def test_devices_that_share_a_batch_get_as_many_scenes(
+    blends, normalisation, monkeypatch
+):
+    mesh = SimpleNamespace(devices=np.zeros(3))
+    monkeypatch.setattr(
+        keras.distribution, "distribution", lambda: SimpleNamespace(device_mesh=mesh)
+    )
+    batches = Batches(blends, normalisation, batch_size=16, augment=False)
+    last, _ = batches[2]
+    assert len(last) == 9  # the eight that remain, and the first again
+    np.testing.assert_array_equal(fill_up(np.arange(4)), [0, 1, 2, 3, 0, 0])
