@@ -78,6 +78,8 @@ def test_another_survey_is_refused(network, tmp_path):
 
 
 def test_an_unknown_name_lists_what_there_is(tmp_path):
+    with pytest.raises(ValueError, match=r"accepted: lsst, lsst\+euclid, "):
+        deblender.load()
     with pytest.raises(ValueError, match="no trained network 'des' in .*accepted: "):
         deblender.load("des")
 

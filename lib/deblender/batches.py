@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
+from joblib import cpu_count
 
 from .normalisation import NoiseUnits, Normalisation
 from .simulation import Scenes
 
 BATCH_SIZE = 16
+MOST_WORKERS = 16  # threads that compose batches while the network learns
 CODE_NOISE = 0.05  # keeps neighbouring codes decoding to neighbouring galaxies
 
 
@@ -38,7 +40,9 @@ class Batches(keras.utils.PyDataset):
         augment: bool = True,
         swap_neighbours: bool = False,
     ):
-        super().__init__(workers=1, use_multiprocessing=False, max_queue_size=4)
+        # Threads: NumPy works outside Python's lock, and stamps are in memory once.
+        workers = min(max(cpu_count() - 1, 1), MOST_WORKERS)
+        super().__init__(workers=workers, max_queue_size=2 * workers)
         self.scenes, self.normalisation = scenes, normalisation
         self.batch_size, self.seed = batch_size, seed
         self.augment, self.swap_neighbours = augment, swap_neighbours

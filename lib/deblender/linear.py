@@ -114,10 +114,8 @@ def fit_components(scenes: Scenes, n_components: int) -> tuple[np.ndarray, np.nd
     size = ops.convert_to_numpy(amplitudes(stamps, aperture(survey)))
     vectors = stamps.reshape(len(stamps), -1) / size  # (scene, feature)
     values, rotations = np.linalg.eigh(vectors @ vectors.T)
-    values, rotations = (
-        values[::-1][:n_components],
-        rotations[:, ::-1][:, :n_components],
-    )
+    largest = np.argsort(values)[: -n_components - 1 : -1]
+    values, rotations = values[largest], rotations[:, largest]
     images = (rotations / np.sqrt(values)).T @ vectors
     images = np.linalg.qr(images.T)[0].T  # the faintest have lost it to rounding
     # The sign of an eigenvector is free; every machine must choose the same.

@@ -17,7 +17,9 @@ HIDDEN = 256
 KL_WEIGHT = 1e-2  # the beta of section 3.2
 SMALLEST_WIDTH = 1e-6  # keeps the logarithm of the KL divergence finite
 SMALLEST_CODE_WIDTH = 1e-3  # the same for the likelihood of a code
-LEEWAY = 0.1  # weight of the variance beside the squared bias
+# Weight of the variance beside the squared bias. An epoch with 0.1 took the slope of
+# ellipticities from -0.11 to -0.04 and nearly doubled the scatter.
+LEEWAY = 0.3
 # A sigmoid of this is close to the mean normalised pixel, so that training does not
 # begin by learning that most of a stamp is empty sky.
 EMPTY_SKY = -4.0

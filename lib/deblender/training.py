@@ -36,9 +36,9 @@ from .weights import Network
 CONSTANTS_FROM = 2000  # scenes, enough for eq. 4 and for principal components
 LINEAR_BATCH_SIZE = 64
 LINEAR_RATE = 2e-3  # to 4e-3 learnt alike over 16,000 images, 1e-3 more slowly
-# One epoch against bias for as many of the likelihood, at a quarter of its learning
+# One epoch against bias for as many of the likelihood, at a fraction of its learning
 # rate, which spares what was learnt.
-CALIBRATION = 5
+CALIBRATION, GENTLY = 8, 1 / 8
 WATCHED = 1000  # validation blends measured after each epoch
 
 
@@ -203,11 +203,14 @@ def train_linear(
     """
     train = simulate(catalogue, survey, n_train, 4, centring, seed, "train")
     watched = simulate(catalogue, survey, n_validation, 4, centring, seed, "validation")
-    network = _begin_linear(
-        catalogue, survey, min(n_train, CONSTANTS_FROM), seed, start
-    )
-    model = side_by_side(network.deblender)
-    project, units = linear.project(network.decoder), network.normalisation
+    network = _begin_linear(catalogue, survey, n_train, seed, start)
+    model, units = side_by_side(network.deblender), network.normalisation
+    project = linear.project(network.decoder)
+
+    def pairs(kind: type[EncoderBatches], scenes: Scenes, **kwargs) -> EncoderBatches:
+        size = LINEAR_BATCH_SIZE // (2 if kind is TwinBatches else 1)
+        kwargs["code"] = lambda stamps: project(units.forward(stamps))
+        return kind(scenes, units, size, seed, **kwargs)
 
     def watch() -> dict[str, float]:
         numbers = statistics(evaluate(network, watched.take(slice(WATCHED))))
@@ -222,24 +225,15 @@ def train_linear(
     }
     if start is not None:
         card["start"] = _origin(start)
-    few, gentle = -(-epochs // CALIBRATION), learning_rate / 4
-    for stage, batches, loss, n, rate in (
+    few, gentle = -(-epochs // CALIBRATION), learning_rate * GENTLY
+    for stage, kind, loss, n, rate in (
         ("deblender", EncoderBatches, latent_likelihood, epochs, learning_rate),
         ("calibration", TwinBatches, calibration_loss, few, gentle),
     ):
-        setting = {"normalisation": units, "seed": seed}
-        setting["code"] = lambda stamps: project(units.forward(stamps))
-        setting["batch_size"] = LINEAR_BATCH_SIZE // (1 + (batches is TwinBatches))
-        history = fit(
-            model,
-            batches(train, **setting, swap_neighbours=centring == "exact"),
-            batches(watched, **setting, augment=False),
-            n,
-            rate,
-            loss,
-            folder and folder / stage,
-            watch,
-        )
+        batches = pairs(kind, train, swap_neighbours=centring == "exact")
+        watch_over = pairs(kind, watched, augment=False)
+        place = folder and folder / stage
+        history = fit(model, batches, watch_over, n, rate, loss, place, watch)
         card["images_seen"][stage] = history.images_seen
         card[stage] = _summary(history, n_train, n, rate)
     return replace(network, card=card)

@@ -163,7 +163,7 @@ def save(
 
 
 def load(
-    name: str | os.PathLike,
+    name: str | os.PathLike = "",
     expect_survey: str | None = None,
     folder: str | os.PathLike = "",
 ) -> Network:
