@@ -255,3 +255,11 @@ def test_record_merges_what_one_run_says(tmp_path, monkeypatch):
         "lists": [1.0, None],
         "nested": {"m": [1, 2]},
     }
+
+
+def test_posterior_without_a_measured_draw_is_an_empty_panel(recwarn):
+    nothing, something = np.full((1, 5), np.nan), np.ones((1, 5))
+    image = np.zeros((1, 64, 64))
+    fig = plotting.posterior(image, {"lsst": nothing}, {"lsst": something})
+    assert len(fig.axes[1].patches) == 0 < len(fig.axes[2].patches)
+    assert not recwarn.list

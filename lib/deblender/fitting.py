@@ -12,8 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .batches import Batches
+from .files import write_whole
 from .networks import calibration_loss, cross_entropy, latent_likelihood
-from .weights import dump_variables, fill_variables, write_whole
+from .weights import dump_variables, fill_variables
 
 LEARNING_RATE = 1e-3
 WARM_UP = 100  # steps

@@ -24,6 +24,7 @@ from matplotlib.patches import Circle, ConnectionPatch, Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from .files import write_whole
 from .measurement import binned
 
 # A label takes the first colour whose key it contains; without one, a spare colour.
@@ -623,12 +624,14 @@ def posterior(
             values = {k: v[np.isfinite(v)] for k, v in values.items()}
             edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins)
             for label, style in _styles(list(draws)).items():
+                if not values[label].size:
+                    continue
                 look = {"color": style["color"], "density": True}
                 ax.hist(values[label], edges, alpha=0.45, **look)
                 ax.hist(values[label], edges, histtype="step", ls=style["ls"], **look)
             ax.axvline(0, color="black", lw=1, ls=":")
             ax.set(yticks=[])
-            ax.locator_params(axis="x", nbins=5)
+            ax.locator_params(axis="x", nbins=3)
         row[1].set_ylabel("density")
     axes[-1, 1].set_xlabel("error on $|e|$")
     axes[-1, 2].set_xlabel("error on $r$ (mag)")
@@ -637,15 +640,9 @@ def posterior(
 
 
 def _write(folder: str, name: str, content: bytes) -> None:
-    """Write a file of the build whole, or not at all."""
     path = Path(os.environ["DEBLENDER_BUILD"]) / folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, content)
 
 
 def publish(fig: Figure, label: str) -> Figure:

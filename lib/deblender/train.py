@@ -18,6 +18,7 @@ import keras
 import yaml
 
 from .catalogues import Catalogue, catalogue
+from .files import data_folder
 from .surveys import survey
 from .training import LINEAR_RATE, train_deblender, train_linear, train_vae, warm_start
 from .weights import Network, available, load, save
@@ -64,19 +65,13 @@ class Sizes:
     epochs: int = 2
 
 
-def profiles_folder() -> Path:
-    """Folder of the profiles, in a checkout or in the installed package."""
-    package = Path(__file__).parent
-    installed = package / "profiles"
-    return installed if installed.is_dir() else package.parents[1] / "book" / "params"
-
-
 def sizes_of(profile: str) -> Sizes:
     """Sizes of a profile, those of its chapter on the VAE.
 
     Raises ValueError if there is no such profile, and lists what there is.
     """
-    known = {file.stem: file for file in profiles_folder().glob("*.yml")}
+    folder = data_folder("profiles", "book/params")
+    known = {file.stem: file for file in folder.glob("*.yml")}
     if profile not in known:
         raise ValueError(
             f"unknown profile {profile!r}; accepted: {', '.join(sorted(known))}"

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.numpy import save as dump_safetensors
 
 from . import linear, networks
 from .batches import fill_up
+from .files import data_folder, write_whole
 from .normalisation import NoiseUnits, Normalisation
 from .surveys import Survey, survey
 
@@ -25,13 +25,6 @@ CARD = "card.json"
 # Biases and batch statistics are few and need the range; all else is kept in half.
 HALF_FROM = 2000  # elements
 BATCH = 96  # stamps through a network at a time; divides by 2, 3, 4, 6, 8 devices
-
-
-def weights_folder() -> Path:
-    """Folder of the trained networks, in a checkout or in the installed package."""
-    package = Path(__file__).parent
-    installed = package / "pretrained"
-    return installed if installed.is_dir() else package.parents[1] / "data" / "weights"
 
 
 @dataclass(frozen=True)
@@ -174,7 +167,7 @@ def load(
     Raises ValueError if there is none (and lists what there is), if it is for another
     survey than `expect_survey`, or if a file is missing, damaged or of other shapes.
     """
-    base = Path(folder) if folder else weights_folder()
+    base = Path(folder) if folder else _weights_folder()
     found = base / name
     if not folder and not (found / CARD).is_file():
         found = Path(name)
@@ -222,9 +215,13 @@ def _own(network: Network, part: str) -> list[keras.Variable]:
     return [v for v in variables if id(v) not in shared]
 
 
+def _weights_folder() -> Path:
+    return data_folder("pretrained", "data/weights")
+
+
 def available(folder: Path | None = None) -> list[str]:
     """Names of the trained networks of the book, or of those in `folder`."""
-    folder = folder or weights_folder()
+    folder = folder or _weights_folder()
     return sorted(card.parent.name for card in folder.glob(f"*/{CARD}"))
 
 
@@ -300,15 +297,3 @@ def fill_variables(variables: list[keras.Variable], file: Path) -> dict:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as scratch:
-        scratch.write(content)
-    try:
-        os.chmod(scratch.name, 0o644)
-        os.replace(scratch.name, file)
-    except OSError:
-        os.unlink(scratch.name)
-        raise
