@@ -94,8 +94,9 @@ def test_loss_against_bias_in_closed_form():
     """Errors of mean b and size s: lambda s^2 + b^2 over the width squared, halved."""
     rng, n, bias, size, width = np.random.default_rng(2), 200_000, 0.7, 1.3, 2.0
     error = bias + size * rng.standard_normal((2 * n, 1))
-    latent = np.concatenate([-error, np.full_like(error, width)], axis=1)
-    found = calibration_loss(np.zeros_like(error, "f4"), latent.astype("f4"))
+    latent = np.concatenate([-error, np.full_like(error, width)], axis=1, dtype="f4")
+    tensors = map(keras.ops.convert_to_tensor, (np.zeros_like(error, "f4"), latent))
+    found = calibration_loss(*tensors)
     point = (LEEWAY * size**2 + bias**2) / (2 * width**2)
     widths = np.log(width) + (size**2 + bias**2) / (2 * width**2)
     assert float(keras.ops.mean(found)) == pytest.approx(point + widths, rel=0.01)

@@ -67,7 +67,8 @@ def test_transplant_keeps_the_bands_both_have():
     bands = list(range(6))
     networks.transplant(six, ten, bands, bands)
     z = np.random.default_rng(1).standard_normal((2, 32)).astype("f4")
-    np.testing.assert_allclose(ten(z)[..., :6], six(z), atol=1e-6)
+    more, fewer = map(keras.ops.convert_to_numpy, (ten(z), six(z)))
+    np.testing.assert_allclose(more[..., :6], fewer, atol=1e-6)
 
 
 def test_only_keras_is_used():

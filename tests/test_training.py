@@ -100,12 +100,14 @@ def test_another_survey_starts_from_trained_bands(synthetic):
         start=prior, learning_rate=0.0,
     )  # fmt: skip
     z = np.random.default_rng(1).standard_normal((2, 32)).astype("f4")
-    np.testing.assert_allclose(ten.decoder(z)[..., :6], prior.decoder(z), atol=1e-6)
+    as_array = keras.ops.convert_to_numpy
+    more, fewer = as_array(ten.decoder(z)), as_array(prior.decoder(z))
+    np.testing.assert_allclose(more[..., :6], fewer, atol=1e-6)
     stamps = np.random.default_rng(2).normal(size=(2, 64, 64, 10)).astype("f4")
     for old, new in zip(
         prior.encoder(stamps[..., :6]), ten.encoder(stamps), strict=True
     ):
-        np.testing.assert_allclose(new, old, atol=1e-5)
+        np.testing.assert_allclose(as_array(new), as_array(old), atol=1e-5)
     np.testing.assert_array_equal(
         ten.normalisation.scale[:6], prior.normalisation.scale
     )

@@ -173,13 +173,10 @@ class Autoencoder(keras.Model):
         self.decoder.trainable = not freeze_decoder
         self.kl_weight = kl_weight
         self.sampling = Sampling(seed)
-        self.kl_tracker = keras.metrics.Mean(name="kl")
 
     def call(self, stamps):
         mean, width = self.encoder(stamps)
-        kl = ops.mean(kl_divergence(mean, width))
-        self.add_loss(self.kl_weight * kl)
-        self.kl_tracker.update_state(kl)
+        self.add_loss(self.kl_weight * ops.mean(kl_divergence(mean, width)))
         return self.decoder(self.sampling([mean, width]))  # (batch, y, x, band)
 
 
