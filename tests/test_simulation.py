@@ -230,7 +230,7 @@ def test_batches_and_take_keep_the_noise(blends):
     ("change", "message"),
     [
         ({"centring": "centroid"}, "unknown centring 'centroid'; accepted: exact"),
-        ({"split": "all"}, "unknown split 'all'; accepted: train"),
+        ({"split": "dev"}, "unknown split 'dev'; accepted: train"),
         ({"n_scenes": 0}, "received n_scenes=0"),
         ({"max_galaxies": 0}, "max_galaxies=0"),
         ({"shear": (1.0, 0.5)}, r"received shear=\(1.0, 0.5\)"),
