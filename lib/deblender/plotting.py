@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, ConnectionPatch, Patch, Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .files import write_whole
 from .measurement import binned
@@ -353,6 +353,7 @@ def training_curve(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figur
         ax.plot(curve["val_images"], curve["val_loss"], "s", **look)
         ax.set(title=label, xlabel="images seen", xlim=(0, None))
         ax.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 600k
         low, high = ax.get_ylim()
         ax.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
         ax.legend(frameon=False, loc="upper right")
