@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import deblender
-from deblender import evaluation
+from deblender import measurement
 from deblender.evaluation import channels, ellipticity_pairs, evaluate, shear_samples
 from deblender.measurement import ellipticity_bias, shear_biases
 from deblender.weights import Result
@@ -59,7 +59,7 @@ def test_a_network_sees_its_own_bands_only(synthetic, survey, scenes):
 
 
 def test_shear_samples_share_their_noise(synthetic, survey, scenes, monkeypatch):
-    monkeypatch.setattr(evaluation, "SNR_RANGE", (20, 200))
+    monkeypatch.setattr(measurement, "SNR_RANGE", (20, 200))
     n, snr = len(scenes), np.asarray(scenes.truth["snr"])
     counted = np.flatnonzero((snr >= 20) & (snr < 200))
     assert 5 < len(counted) < n

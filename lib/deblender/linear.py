@@ -123,14 +123,14 @@ def fit_components(scenes: Scenes, n_components: int) -> tuple[np.ndarray, np.nd
     return images * np.sign(peaks), np.sqrt(values / len(vectors))
 
 
-def decoder(survey: Survey, n_components: int = N_COMPONENTS) -> keras.Model:
+def decoder(survey: Survey) -> keras.Model:
     """Latent vector to stamp in units of the noise of the sky; linear.
 
     Input (batch, latent), output (batch, y, x, band). Its weights are those of
     `fit_components`, and stay.
     """
-    latent = keras.Input((n_components,), name="latent")
-    components = Components(survey, n_components, name="components", **EXACT)
+    latent = keras.Input((N_COMPONENTS,), name="latent")
+    components = Components(survey, N_COMPONENTS, name="components", **EXACT)
     return keras.Model(latent, components(latent), name="decoder")
 
 

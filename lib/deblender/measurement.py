@@ -41,6 +41,12 @@ def _psf_image(instrument: Instrument) -> tuple[galsim.Image, float]:
     return image, galsim.hsm.FindAdaptiveMom(image).moments_sigma
 
 
+def in_snr_range(snr: np.ndarray) -> np.ndarray:
+    """Which signal-to-noise ratios lie in SNR_RANGE, where targets are compared."""
+    low, high = SNR_RANGE
+    return (snr >= low) & (snr < high)
+
+
 def _ksb(stamp: np.ndarray, instrument: Instrument) -> tuple[tuple[float, float], str]:
     failed = (np.nan, np.nan)
     # HSM measures the negative of a galaxy without complaint.
