@@ -6,6 +6,7 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
@@ -18,6 +19,10 @@ from .batches import fill_up
 from .files import data_folder, write_whole
 from .normalisation import NoiseUnits, Normalisation
 from .surveys import Survey, survey
+from .workers import spread
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 PARTS = ("decoder", "encoder", "deblender")  # `encoder` is that of the VAE
 ARCHITECTURES = ("paper", "linear")
@@ -25,6 +30,7 @@ CARD = "card.json"
 # Biases and batch statistics are few and need the range; all else is kept in half.
 HALF_FROM = 2000  # elements
 BATCH = 96  # stamps through a network at a time; divides by 2, 3, 4, 6, 8 devices
+PIECE = 10 * BATCH  # stamps a worker takes; whole batches, so that bits do not change
 
 
 @dataclass(frozen=True)
@@ -68,17 +74,24 @@ class Network:
         """Training images seen by the VAE, if there is one, and by the deblender."""
         return self.card["images_seen"]
 
-    def deblend(self, noisy: np.ndarray, n_samples: int = 0, seed: int = 0) -> Result:
+    def deblend(
+        self,
+        noisy: np.ndarray,
+        n_samples: int = 0,
+        seed: int = 0,
+        client: "Client | None" = None,
+    ) -> Result:
         """Recover the central galaxy of noisy blends (section 3.3).
 
         `noisy` (scene, y, x, band) in electrons, sky-subtracted. The image is the
-        decoded latent mean; with `n_samples`, that many decoded draws come with it.
+        decoded latent mean; with `n_samples`, that many decoded draws come with it. The
+        workers of a Dask `client` take PIECE stamps at a time.
 
         Raises ValueError for stamps of another shape or survey, or with NaN.
         """
         if self.deblender is None:
             raise ValueError("this network holds a VAE only; train a deblender on it")
-        return self._pass(self.deblender, noisy, n_samples, seed)
+        return self._pass("deblender", noisy, n_samples, seed, client)
 
     def reconstruct(
         self, noisy: np.ndarray, n_samples: int = 0, seed: int = 0
@@ -87,7 +100,8 @@ class Network:
 
         Without a VAE it is the deblender that sees them.
         """
-        return self._pass(self.encoder or self.deblender, noisy, n_samples, seed)
+        part = "encoder" if self.encoder else "deblender"
+        return self._pass(part, noisy, n_samples, seed, None)
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
         """Latent vectors (n, latent) to images (n, y, x, band) in electrons."""
@@ -104,17 +118,67 @@ class Network:
         return self.decode(rng.standard_normal((n, size), dtype=np.float32))
 
     def _pass(
-        self, encoder: keras.Model, noisy: np.ndarray, n_samples: int, seed: int
+        self,
+        part: str,
+        noisy: np.ndarray,
+        n_samples: int,
+        seed: int,
+        client: "Client | None",
     ) -> Result:
-        stamps = self.normalisation.forward(self.survey.check_images(noisy))
-        mean, width = _predict(encoder, stamps)
-        samples = None
-        if n_samples:
-            rng = np.random.default_rng(seed)
-            draws = rng.standard_normal((n_samples, *mean.shape), dtype=np.float32)
-            flat = (mean + width * draws).reshape(-1, mean.shape[-1])
-            samples = self.decode(flat).reshape(n_samples, *stamps.shape)
-        return Result(self.decode(mean), mean, width, samples)
+        noisy = self.survey.check_images(noisy)
+        shape = (n_samples, len(noisy), self.decoder.input_shape[-1])
+        draws = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+        if client is None:
+            return _apply((self, part), (0, noisy, draws))[1]
+        pieces = [
+            (start, noisy[start : start + PIECE], draws[:, start : start + PIECE])
+            for start in range(0, len(noisy), PIECE)
+        ]
+        results = dict(spread(_apply, (self, part), pieces, client))
+        return _join([results[start] for start, *_ in pieces])
+
+    def __getstate__(self) -> dict:
+        """Weights in full precision as arrays, for workers elsewhere."""
+        parts = [part for part in PARTS if getattr(self, part) is not None]
+        return {
+            "made": _card(self, dict.fromkeys(parts)),
+            "card": self.card,
+            "values": {
+                part: list(map(keras.ops.convert_to_numpy, _own(self, part)))
+                for part in parts
+            },
+        }
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(vars(_empty(state["made"])))
+        self.card = state["card"]
+        for part, values in state["values"].items():
+            for variable, value in zip(_own(self, part), values, strict=True):
+                variable.assign(value)
+
+
+def _apply(
+    how: tuple[Network, str], piece: tuple[int, np.ndarray, np.ndarray]
+) -> tuple[int, Result]:
+    """Encode and decode some stamps; the number of the first comes back with them."""
+    (network, part), (start, noisy, draws) = how, piece
+    mean, width = _predict(getattr(network, part), network.normalisation.forward(noisy))
+    samples = None
+    if len(draws):
+        flat = (mean + width * draws).reshape(-1, mean.shape[-1])
+        samples = network.decode(flat).reshape(len(draws), *noisy.shape)
+    return start, Result(network.decode(mean), mean, width, samples)
+
+
+def _join(results: list[Result]) -> Result:
+    """One result of those of consecutive stamps."""
+    image, mean, width = (
+        np.concatenate([getattr(result, name) for result in results])
+        for name in ("image", "latent_mean", "latent_width")
+    )
+    drawn = [result.samples for result in results]
+    samples = None if drawn[0] is None else np.concatenate(drawn, axis=1)
+    return Result(image, mean, width, samples)
 
 
 def _predict(model: keras.Model, values: np.ndarray):
@@ -141,7 +205,13 @@ def save(
         if part not in share:
             write_whole(folder / name, _dump(_own(network, part)))
         files[part] = {"file": name, "sha256": _sha256((folder / name).read_bytes())}
-    card = network.card | {
+    text = json.dumps(_card(network, files), indent=2)
+    write_whole(folder / CARD, (text + "\n").encode())
+
+
+def _card(network: Network, files: dict) -> dict:
+    """The card of a network whose parts are in `files`."""
+    return network.card | {
         "architecture": network.architecture,
         "survey": network.survey.name,
         "bands": list(network.survey.band_names),
@@ -152,7 +222,6 @@ def save(
         "parts": files,
         "software": software(),
     }
-    write_whole(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
 
 
 def load(
