@@ -1,0 +1,122 @@
+"""The statistical limit: how well any unbiased fit could measure a blended galaxy.
+
+The Cramer-Rao bound of a joint fit of all galaxies of a scene that knows their number
+and their profiles up to flux, position, size and shape. What uses a prior may do better
+than it, at the price of a bias.
+"""
+
+from dataclasses import dataclass
+
+import galsim
+import numpy as np
+from astropy.table import Table
+from tqdm import tqdm
+
+from .catalogues import Catalogue
+from .drawing import draw
+from .simulation import Scenes
+from .surveys import Survey
+
+# Steps of the central differences, in the order of the parameters of a galaxy that do
+# not depend on the band: x and y (arcsec), log of the size, reduced shear g1 and g2.
+STEPS = np.array([0.01, 0.01, 0.01, 0.01, 0.01])
+MAGNITUDES = 2.5 / np.log(10)  # of a relative error of flux of one
+
+
+@dataclass
+class _Galaxy:
+    """Unit-flux images of a galaxy and their derivatives, an instrument each."""
+
+    image: list[np.ndarray]  # (y, x) an instrument
+    gradient: list[np.ndarray]  # (parameter, y, x) an instrument
+    flux: np.ndarray  # (band,) electrons
+
+
+def cramer_rao(scenes: Scenes, galaxies: Catalogue) -> Table:
+    """Smallest standard deviations of an unbiased fit, blended and isolated.
+
+    `scenes` of `galaxies`, drawn without shear. Columns, one row a scene: `sigma_r`
+    (magnitudes), `sigma_e` (of the modulus of the ellipticity of the target) for a fit
+    of all galaxies together, each with its flux in every band, position, size and
+    shape; `sigma_r_alone`, `sigma_e_alone` for the target without its neighbours. NaN
+    where the parameters cannot be told apart.
+    Variance of pixels: sky and sources. Cramer 1946; Rao 1945.
+    """
+    rows = []
+    for i in tqdm(range(len(scenes)), desc="Fisher matrices", leave=False):
+        drawn = _differentiate(scenes, galaxies, i)
+        e = np.array([scenes.truth["e1"][i], scenes.truth["e2"][i]])
+        both = [_information(part, scenes.survey) for part in (drawn, drawn[:1])]
+        rows.append(np.ravel([_errors(fisher, scenes.survey, e) for fisher in both]))
+    names = ("sigma_r", "sigma_e", "sigma_r_alone", "sigma_e_alone")
+    return Table(np.array(rows).reshape(-1, 4), names=names)
+
+
+def _differentiate(scenes: Scenes, galaxies: Catalogue, i: int) -> list[_Galaxy]:
+    """Images of the galaxies of scene `i`, its target first, and their derivatives."""
+    truth, n = scenes.truth[i], scenes.counts[i] - 1
+    columns = [
+        [truth[target], *truth[neighbours][:n]]
+        for target, neighbours in (
+            ("galaxy_id", "neighbour_id"),
+            ("angle", "neighbour_angle"),
+            ("dx", "neighbour_dx"),
+            ("dy", "neighbour_dy"),
+        )
+    ]
+    drawn = []
+    for k, (row, angle, dx, dy) in enumerate(zip(*columns, strict=True)):
+        profile = galaxies.profile(row).rotate(angle * galsim.radians)
+        varied = [profile.shift(dx, dy), *_varied(profile, dx, dy)]
+        galaxy = _Galaxy([], [], scenes.flux[scenes.first[i] + k])
+        for instrument in scenes.survey.instruments:
+            images = draw(varied, instrument).astype(float)
+            slopes = (images[1::2] - images[2::2]) / (2 * STEPS[:, None, None])
+            galaxy.image.append(images[0])
+            galaxy.gradient.append(slopes)
+        drawn.append(galaxy)
+    return drawn
+
+
+def _varied(profile: galsim.GSObject, dx: float, dy: float) -> list[galsim.GSObject]:
+    """The profile a step up and a step down in each parameter, in place."""
+    varied = []
+    for parameter, step in enumerate(STEPS):
+        for sign in (1, -1):
+            x, y, size, g1, g2 = sign * step * np.eye(len(STEPS))[parameter]
+            changed = profile.dilate(np.exp(size)).shear(g1=g1, g2=g2)
+            varied.append(changed.shift(dx + x, dy + y))
+    return varied
+
+
+def _information(drawn: list[_Galaxy], survey: Survey) -> np.ndarray:
+    """Fisher matrix: of each galaxy its log fluxes, then the parameters of STEPS."""
+    n_bands, n_shared, n = len(survey.bands), len(STEPS), len(drawn)
+    width = n_bands + n_shared
+    fisher = np.zeros((n * width, n * width))  # (parameter, parameter)
+    for band, k in enumerate(survey.instrument_of_band):
+        slopes = [np.stack([g.image[k], *g.gradient[k]]) * g.flux[band] for g in drawn]
+        slopes = np.reshape(slopes, (n * (1 + n_shared), -1))  # (parameter, pixel)
+        electrons = slopes[:: 1 + n_shared].sum(axis=0)  # of all galaxies
+        variance = np.maximum(electrons, 0) + survey.sky[band]
+        here = np.r_[band, n_bands:width]
+        here = np.concatenate([j * width + here for j in range(n)])
+        fisher[np.ix_(here, here)] += (slopes / variance) @ slopes.T
+    return fisher
+
+
+def _errors(fisher: np.ndarray, survey: Survey, e: np.ndarray) -> tuple[float, float]:
+    """Standard deviations of r and of the modulus of the ellipticity of the target."""
+    try:
+        covariance = np.linalg.inv(fisher)
+    except np.linalg.LinAlgError:
+        return np.nan, np.nan
+    band, n_bands = survey.index(survey.reference.name), len(survey.bands)
+    shear = slice(n_bands + 3, n_bands + 5)
+    # A shear g turns an ellipticity e into (e + g) / (1 + e* g); along e, its modulus
+    # grows by (1 - |e|^2) g, and of a round galaxy any direction serves.
+    along = e / np.hypot(*e) if np.hypot(*e) > 0 else np.array([1.0, 0.0])
+    variance = along @ covariance[shear, shear] @ along
+    with np.errstate(invalid="ignore"):
+        sigma_e = (1 - e @ e) * np.sqrt(variance)
+        return MAGNITUDES * np.sqrt(covariance[band, band]), sigma_e
