@@ -1,13 +1,15 @@
 """The linear network: components, amplitude, the loss against bias, its files."""
 
+import galsim
 import keras
 import numpy as np
 import pytest
 
 import deblender
 from deblender import linear, training, weights
-from deblender.batches import TwinBatches
-from deblender.networks import LEEWAY, calibration_loss
+from deblender.batches import RepeatedBatches
+from deblender.drawing import draw
+from deblender.networks import COPIES, LEEWAY, calibration_loss
 from deblender.normalisation import NoiseUnits
 
 
@@ -93,7 +95,7 @@ def test_history_watches_the_slope(network):
 def test_loss_against_bias_in_closed_form():
     """Errors of mean b and size s: lambda s^2 + b^2 over the width squared, halved."""
     rng, n, bias, size, width = np.random.default_rng(2), 200_000, 0.7, 1.3, 2.0
-    error = bias + size * rng.standard_normal((2 * n, 1))
+    error = bias + size * rng.standard_normal((COPIES * n, 1))
     latent = np.concatenate([-error, np.full_like(error, width)], axis=1, dtype="f4")
     tensors = map(keras.ops.convert_to_tensor, (np.zeros_like(error, "f4"), latent))
     found = calibration_loss(*tensors)
@@ -102,23 +104,25 @@ def test_loss_against_bias_in_closed_form():
     assert float(keras.ops.mean(found)) == pytest.approx(point + widths, rel=0.01)
 
 
-def test_twins_share_the_target_and_nothing_else(blends, units):
-    batches = TwinBatches(
-        blends, units, 20, swap_neighbours=True, code=lambda target: target.mean((1, 2))
+def test_copies_share_the_blend_and_not_the_noise(blends, units):
+    batches = RepeatedBatches(
+        blends, units, 20, code=lambda target: target.mean((1, 2))
     )
     noisy, code = batches[0]
-    assert len(noisy) == len(code) == 40
-    np.testing.assert_array_equal(code[:20], code[20:])
-    assert not np.array_equal(noisy[:20], noisy[20:])
-    # Turned neighbours keep their light: what differs in the sums is noise.
+    assert len(noisy) == len(code) == COPIES * 20
+    np.testing.assert_array_equal(code, np.tile(code[:20], (COPIES, 1)))
+    assert not np.array_equal(noisy[:20], noisy[20:40])
+    # The light is the same: what differs in the sums is noise.
     sums = noisy.sum(axis=(1, 2))
-    assert np.std(sums[:20] - sums[20:]) < 3 * 64 * np.sqrt(2)
+    assert np.std(sums[:20] - sums[20:40]) < 3 * 64 * np.sqrt(2)
 
 
 def test_training_noise_has_the_variance_of_poisson(blends, units, survey):
-    batches = TwinBatches(blends, units, 200, augment=False, code=lambda t: t[:, 0, 0])
+    batches = RepeatedBatches(
+        blends, units, 200, augment=False, code=lambda t: t[:, 0, 0]
+    )
     noisy, _ = batches[0]
-    difference = (noisy[:200] - noisy[200:]) * np.sqrt(survey.sky)
+    difference = (noisy[:200] - noisy[200:400]) * np.sqrt(survey.sky)
     expected = 2 * (blends.blend + survey.sky).mean(axis=(0, 1, 2))
     np.testing.assert_allclose(
         np.square(difference).mean(axis=(0, 1, 2)), expected, rtol=0.01
@@ -160,3 +164,25 @@ def test_samples_have_the_widths_of_the_encoder(network, blends):
     flat = network.normalisation.forward(result.samples).reshape(-1, 64, 64, 6)
     latent = linear.project(network.decoder)(flat).reshape(300, 2, -1)
     np.testing.assert_allclose(latent.std(axis=0) / result.latent_width, 1, atol=0.25)
+
+
+def test_cameras_are_laid_on_one_grid():
+    """A galaxy is at the same place in every channel, with all its light."""
+    survey = deblender.survey("lsst+euclid")
+    galaxy = galsim.Gaussian(sigma=0.6).shift(0.7, -0.4)
+    stamp = np.zeros((1, *survey.shape), "f4")
+    for k, camera in enumerate(survey.instruments):
+        (image,) = draw([galaxy], camera) / camera.pixel_scale**2  # of brightness
+        stamp[..., survey.instrument_of_band == k] = image[..., None]
+    source = keras.Input(survey.shape)
+    align = keras.Model(source, linear._align(source, survey))
+    aligned = keras.ops.convert_to_numpy(align(stamp))[0]  # (y, x, channel)
+    grid = (np.arange(linear.CENTRE) - (linear.CENTRE - 1) / 2) * 0.2  # arcsec
+    light = aligned.sum(axis=(0, 1))
+    np.testing.assert_allclose(light, 1 / 0.2**2, rtol=5e-3)
+    x = np.einsum("yxc,x->c", aligned, grid) / light
+    y = np.einsum("yxc,y->c", aligned, grid) / light
+    # The four pixels of VIS in a pixel of the grid lie 0.05" off its centre.
+    quarter = 0.05 * np.array([[1, -1, 1, -1], [1, 1, -1, -1]])
+    off = np.concatenate([np.zeros((2, 6)), quarter, np.zeros((2, 3))], axis=1)
+    np.testing.assert_allclose([x, y], [[0.7], [-0.4]] + off, atol=5e-3)

@@ -6,11 +6,13 @@ import keras
 import numpy as np
 from joblib import cpu_count
 
+from .networks import COPIES
 from .normalisation import NoiseUnits, Normalisation
 from .simulation import Scenes
 
 BATCH_SIZE = 16
 MOST_WORKERS = 16  # threads that compose batches while the network learns
+NOISE_BANK = 2**24  # normal numbers; each image takes a stretch of them
 CODE_NOISE = 0.05  # keeps neighbouring codes decoding to neighbouring galaxies
 
 
@@ -50,6 +52,7 @@ class Batches(keras.utils.PyDataset):
         slots = range(1, int(scenes.counts.max(initial=1)))
         rows = [scenes.neighbour_rows(slot) for slot in slots]
         self.neighbours = np.array(rows, dtype=int).reshape(len(rows), len(scenes))
+        self.bank = np.random.default_rng(seed).standard_normal(NOISE_BANK, np.float32)
         self.epoch = 0
         self._begin()
 
@@ -79,9 +82,7 @@ class Batches(keras.utils.PyDataset):
         epoch = self.epoch if self.augment else 0
         rng = np.random.default_rng([self.seed, epoch, 1 + index])
         target = self.scenes.compose(self.scenes.first[chosen])  # (batch, y, x, band)
-        blend = target.copy()
-        for rows in self.neighbours:
-            blend += self.scenes.compose(rows[chosen])
+        blend = target + self.scenes.compose(self.neighbours[:, chosen].T)
         if self.augment:
             turns = rng.integers(8, size=len(chosen))
             target, blend = dihedral(target, turns), dihedral(blend, turns)
@@ -93,10 +94,16 @@ class Batches(keras.utils.PyDataset):
 
     def _add_noise(self, blend: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         # Normal, of the variance of Poisson's: from the 350 electrons of the darkest
-        # sky on, hardly another noise, and drawn three times faster.
-        variance = np.maximum(blend + self.scenes.survey.sky, 0)
-        noise = rng.standard_normal(blend.shape, dtype=np.float32)
-        return blend + np.sqrt(variance) * noise
+        # sky on, hardly another noise. To draw each number anew would take longer
+        # than all else in a batch.
+        size = blend[0].size
+        starts = rng.integers(len(self.bank) - size, size=len(blend))
+        noise = np.stack([self.bank[i : i + size] for i in starts])
+        noise *= rng.choice(np.float32([-1, 1]), size=(len(blend), 1))
+        noise = noise.reshape(blend.shape)
+        noise *= np.sqrt(np.maximum(blend + self.scenes.survey.sky, 0))
+        noise += blend
+        return noise
 
     def clean(self, target: np.ndarray) -> np.ndarray:
         """Normalised noiseless stamps, what a decoder should draw."""
@@ -130,22 +137,18 @@ class DecoderBatches(EncoderBatches):
         return code + noise, self.clean(target)
 
 
-class TwinBatches(EncoderBatches):
-    """Blends whose targets come twice, with other noise, to teach against bias.
+class RepeatedBatches(EncoderBatches):
+    """Batches of COPIES views of each blend, with other noise, to teach against bias.
 
-    The second half of a batch repeats the targets of the first. With `swap_neighbours`
-    the neighbours of the second are turned around its target.
+    A batch has its blends in order, then all of them again, and so on.
     """
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         target, blend, rng = self.draw(index)
-        other = blend
-        if self.swap_neighbours:
-            turns = rng.integers(1, 8, size=len(target))
-            other = target + dihedral(blend - target, turns)
-        code = self.code(target)
-        both = self.noisy(np.concatenate([blend, other]), rng)
-        return both, np.concatenate([code, code])
+        copies = (COPIES, 1, 1, 1)
+        return self.noisy(np.tile(blend, copies), rng), np.tile(
+            self.code(target), copies[:2]
+        )
 
 
 def dihedral(images: np.ndarray, elements: np.ndarray) -> np.ndarray:

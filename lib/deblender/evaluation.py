@@ -70,7 +70,7 @@ def shear_samples(
     seeds do not pair Poisson draws. Only targets of signal-to-noise ratio 10 to 3000
     count, by their unsheared image, so that shear selects nothing. Returns, for each
     network by name and for `"target"`, the table of `measure` of each shear, as
-    `shear_biases` takes them.
+    `shear_biases` takes them, with the true `r_mag` of each target.
     """
     plain = simulate(catalogue, survey, n_scenes, seed=seed)
     counted = np.flatnonzero(in_snr_range(plain.truth["snr"]))
@@ -91,6 +91,7 @@ def shear_samples(
                 parts[name].append(measure(image, network.survey))
         for name in tables:
             tables[name][shear] = vstack(parts[name])
+            tables[name][shear]["r_mag"] = plain.truth["r_mag"]
     return tables
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from .batches import Batches
@@ -180,15 +181,17 @@ def fit(
         done = checkpoint.resume(model)
         callbacks.append(checkpoint)
     if done < epochs and not (done and checkpoint.over()):
-        model.fit(
-            batches,
-            validation_data=validation,
-            initial_epoch=done,
-            epochs=epochs,
-            callbacks=callbacks,
-            shuffle=False,  # the batches see to that, from their seed
-            verbose=0,
-        )
+        # NumPy's threads would wait in the way of those of the network.
+        with threadpool_limits(1, "blas"):
+            model.fit(
+                batches,
+                validation_data=validation,
+                initial_epoch=done,
+                epochs=epochs,
+                callbacks=callbacks,
+                shuffle=False,  # the batches see to that, from their seed
+                verbose=0,
+            )
     if folder is not None:
         fill_variables(model.weights, checkpoint.best)
     return recorder.history

@@ -15,11 +15,14 @@ from keras import layers, ops
 from .batches import dihedral
 from .networks import CONVOLUTION, DENSE, activate
 from .simulation import Scenes
-from .surveys import Survey
+from .surveys import STAMP_SIZE, Survey
 
 N_COMPONENTS = 96
 FILTERS = (32, 64, 128, 256)
-HIDDEN = 256
+HIDDEN = 512
+# Side of the square that the convolutions see, in pixels of the reference band. The
+# linear path sees all of a stamp.
+CENTRE = 48
 APERTURE = 0.9  # arcsec, FWHM of the Gaussian that weighs the centre of a stamp
 FAINTEST = 5.0  # the amplitude of a stamp without a galaxy, in units of its noise
 NARROWEST, WIDEST = -9.0, 4.0  # logarithm of a relative width
@@ -147,6 +150,35 @@ def _convolutions(x: keras.KerasTensor, loudness: keras.KerasTensor):
     return layers.Flatten()(x)
 
 
+def _align(stamp: keras.KerasTensor, survey: Survey) -> keras.KerasTensor:
+    """The centre of a stamp on the grid of the reference band, (batch, y, x, channel).
+
+    Convolutions add up what lies at the same place of an array, which must be the same
+    place of the sky. Pixels of half the size become channels, four to a pixel of the
+    grid; larger ones are interpolated. Where a camera sees less sky there are zeros.
+    """
+    grid, parts = survey.reference.instrument.pixel_scale, []
+    for k, instrument in enumerate(survey.instruments):
+        bands = np.flatnonzero(survey.instrument_of_band == k)
+        part = stamp[..., bands[0] : bands[-1] + 1]
+        finer = max(round(grid / instrument.pixel_scale), 1)
+        scale = instrument.pixel_scale * finer / grid  # of a pixel or a group of them
+        side = min(round(CENTRE / scale) * finer, STAMP_SIZE)
+        part = layers.CenterCrop(side, side)(part)
+        if finer > 1:
+            side //= finer
+            part = layers.Reshape((side, finer, side, finer, len(bands)))(part)
+            part = layers.Permute((1, 3, 2, 4, 5))(part)
+            part = layers.Reshape((side, side, finer**2 * len(bands)))(part)
+        width = round(side * scale)  # in pixels of the grid
+        if width != side:
+            part = layers.Resizing(width, width)(part)
+        if width < CENTRE:
+            part = layers.ZeroPadding2D((CENTRE - width) // 2)(part)
+        parts.append(part)
+    return layers.Concatenate()(parts) if len(parts) > 1 else parts[0]
+
+
 def project(decoder: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
     """A function from noiseless stamps to the latent vectors nearest to them.
 
@@ -172,7 +204,8 @@ def encoder(survey: Survey, decoder: keras.Model, name: str = "encoder") -> kera
     projection = Projection(decoder.get_layer("components"), name="projection", **EXACT)
     linear = projection(stamp) / amplitude
     loudness = ops.log(amplitude) - 3.0  # near zero
-    x = stamp / ops.reshape(amplitude, (-1, 1, 1, 1))
+    x = _align(stamp, survey)
+    x = x / ops.reshape(amplitude, (-1, 1, 1, 1))
     x = layers.Concatenate()([5.0 * x, ops.arcsinh(100.0 * x) / 3.0])
     x = _convolutions(x, loudness)
     x = layers.Concatenate()([x, ops.arcsinh(linear), loudness])

@@ -30,18 +30,20 @@ class Recipe:
 
     `start` names the network that it begins with. A network for realistic galaxies
     shares the decoder of `start` (section 5), and a linear one for another centring
-    does too. `paper` asks for the architecture of section 3.
+    does too. Else its components are those of galaxies of the centring `components`.
+    `paper` asks for the architecture of section 3.
     """
 
     survey: str
     centring: str = "exact"
+    components: str = "exact"
     start: str | None = None
     realistic: bool = False
     paper: bool = False
 
 
 RECIPES = {
-    "lsst": Recipe("lsst"),
+    "lsst": Recipe("lsst", components="peak"),  # the decentred ones share them
     "lsst+euclid": Recipe("lsst+euclid"),
     "lsst-pixel": Recipe("lsst", "pixel", start="lsst"),
     "lsst-peak": Recipe("lsst", "peak", start="lsst"),
@@ -94,7 +96,8 @@ def train(
     rest = {"centring": recipe.centring, "seed": seed, "folder": folder}
     if not recipe.paper:
         rate = LINEAR_RATE / 2 if start else LINEAR_RATE
-        return train_linear(galaxies, of, *n, start=start, learning_rate=rate, **rest)
+        rest |= {"start": start, "components": recipe.components}
+        return train_linear(galaxies, of, *n, learning_rate=rate, **rest)
     encoder = start and start.deblender
     if recipe.centring == "exact":
         start, encoder = warm_start(galaxies, of, *n, start=start, **rest), None

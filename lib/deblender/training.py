@@ -12,13 +12,14 @@ from .batches import (
     Batches,
     DecoderBatches,
     EncoderBatches,
-    TwinBatches,
+    RepeatedBatches,
 )
 from .catalogues import Catalogue
 from .comparison import statistics
 from .evaluation import evaluate
 from .fitting import LEARNING_RATE, History, fit
 from .networks import (
+    COPIES,
     Autoencoder,
     calibration_loss,
     deblender,
@@ -36,9 +37,9 @@ from .weights import Network
 CONSTANTS_FROM = 2000  # scenes, enough for eq. 4 and for principal components
 LINEAR_BATCH_SIZE = 64
 LINEAR_RATE = 2e-3  # to 4e-3 learnt alike over 16,000 images, 1e-3 more slowly
-# One epoch against bias for as many of the likelihood, at a fraction of its learning
-# rate, which spares what was learnt.
-CALIBRATION, GENTLY = 8, 1 / 8
+# One epoch against bias, of COPIES images a blend, for as many of the likelihood, at a
+# fraction of its learning rate, which spares what was learnt.
+CALIBRATION, GENTLY = 12, 1 / 8
 WATCHED = 1000  # validation blends measured after each epoch
 
 
@@ -193,22 +194,25 @@ def train_linear(
     start: Network | None = None,
     learning_rate: float = LINEAR_RATE,
     folder: Path | None = None,
+    components: str = "peak",
 ) -> Network:
     """Train the second network: principal components, then an encoder of blends.
 
     The encoder first learns mean and width of each latent number by their likelihood;
     a mean of what is possible is rounder and more usual than the truth, and the last
     epochs take out that bias (`calibration_loss`). `start`, a linear network of the
-    same survey, gives the components and the first weights.
+    same survey, gives the components and the first weights; without it, they are those
+    of galaxies of the centring `components`. `"peak"` serves networks of any centring,
+    `"exact"` draws centred galaxies with fewer.
     """
     train = simulate(catalogue, survey, n_train, 4, centring, seed, "train")
     watched = simulate(catalogue, survey, n_validation, 4, centring, seed, "validation")
-    network = _begin_linear(catalogue, survey, n_train, seed, start)
+    network = _begin_linear(catalogue, survey, n_train, seed, start, components)
     model, units = side_by_side(network.deblender), network.normalisation
     project = linear.project(network.decoder)
 
     def pairs(kind: type[EncoderBatches], scenes: Scenes, **kwargs) -> EncoderBatches:
-        size = LINEAR_BATCH_SIZE // (2 if kind is TwinBatches else 1)
+        size = LINEAR_BATCH_SIZE // (COPIES if kind is RepeatedBatches else 1)
         kwargs["code"] = lambda stamps: project(units.forward(stamps))
         return kind(scenes, units, size, seed, **kwargs)
 
@@ -228,7 +232,7 @@ def train_linear(
     few, gentle = -(-epochs // CALIBRATION), learning_rate * GENTLY
     for stage, kind, loss, n, rate in (
         ("deblender", EncoderBatches, latent_likelihood, epochs, learning_rate),
-        ("calibration", TwinBatches, calibration_loss, few, gentle),
+        ("calibration", RepeatedBatches, calibration_loss, few, gentle),
     ):
         batches = pairs(kind, train, swap_neighbours=centring == "exact")
         watch_over = pairs(kind, watched, augment=False)
@@ -240,18 +244,19 @@ def train_linear(
 
 
 def _begin_linear(
-    catalogue: Catalogue, survey: Survey, n_train: int, seed: int, start: Network | None
+    catalogue: Catalogue,
+    survey: Survey,
+    n_train: int,
+    seed: int,
+    start: Network | None,
+    components: str,
 ) -> Network:
-    """A linear network whose encoder knows nothing yet, or what `start` knows.
-
-    The components are those of peak-centred galaxies, so that networks of all three
-    centrings can share them.
-    """
+    """A linear network whose encoder knows nothing yet, or what `start` knows."""
     keras.utils.set_random_seed(seed)
     decoder = start.decoder if start else linear.decoder(survey)
     if start is None:
         n = min(max(n_train, 2 * linear.N_COMPONENTS), CONSTANTS_FROM)
-        few = simulate(catalogue, survey, n, 4, "peak", seed, "train")
+        few = simulate(catalogue, survey, n, 4, components, seed, "train")
         decoder.set_weights(linear.fit_components(few, linear.N_COMPONENTS))
     encoder = linear.encoder(survey, decoder, "deblender")
     if start is not None:
