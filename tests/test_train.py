@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import deblender
@@ -37,6 +38,16 @@ def test_decentred_network_starts_from_the_one_trained_here(out):
     assert card["centring"] == "pixel"
     assert card["start"]["card"]["command"] == ours["command"]
     assert card["parts"]["decoder"]["file"] == "../lsst/decoder.safetensors"
+
+
+def test_a_network_goes_on_from_another(out, tmp_path):
+    main(["lsst", "--start", str(out / "lsst"), "--out", str(tmp_path), *TINY])
+    first, second = (deblender.load("lsst", folder=f) for f in (out, tmp_path))
+    assert second.card["start"]["card"] == first.card
+    for old, new in zip(
+        first.decoder.get_weights(), second.decoder.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(new, old)  # the components are those of the start
 
 
 def test_transfer_from_the_book_keeps_its_own_copy_of_the_prior(tmp_path):

@@ -162,18 +162,18 @@ def main(arguments: list[str] | None = None) -> None:
     made = provenance(arguments)
     try:
         sizes = _sizes(args)
-        ours = recipe.start in available(out)  # trained here before
-        start = (
-            load(out / recipe.start if ours else recipe.start) if recipe.start else None
-        )
+        first = args.start or recipe.start
+        ours = first in available(out)  # trained here before
+        start = load(out / first if ours else first) if first else None
         galaxies = catalogue(args.catalogue, real=recipe.realistic)
         checkpoints = out / f"{args.name}.checkpoints"
         network = train(args.name, galaxies, sizes, checkpoints, start, args.seed)
     except ValueError as error:
         parser.error(str(error))
     network.card |= made
-    shared = {"decoder": f"../{recipe.start}/decoder.safetensors"}
-    save(network, out / args.name, share=shared if _inherits(recipe) and ours else None)
+    share = {"decoder": f"../{first}/decoder.safetensors"}
+    share = share if ours and _inherits(recipe) else None
+    save(network, out / args.name, share=share)
     shutil.rmtree(checkpoints)
 
 
@@ -197,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--n-validation", type=int, metavar="N", help="validation scenes")
     add("--epochs", type=int, metavar="N", help="passes over them, in each stage")
     add("--catalogue", default="synthetic", help="or a folder of COSMOS [%(default)s]")
+    add("--start", metavar="NAME", help="network to begin with, not that of the recipe")
     add("--precision", default="float32", choices=PRECISIONS, help="[%(default)s]")
     add("--seed", type=int, default=1, help="of scenes, weights, draws [%(default)s]")
     return parser
