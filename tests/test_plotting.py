@@ -111,6 +111,11 @@ FIGURES = {
     ),
     "bias_against_snr": lambda: plotting.bias_against_snr(biases()),
     "shear_bias": lambda: plotting.shear_bias(shear_biases()),
+    "half_widths": lambda: plotting.half_widths(
+        [data()["errors"], data(1)["errors"]],
+        [("S/N", data()["snr"], np.geomspace(5, 500, 4))],
+        ["width of r", "width of e"],
+    ),
     "posterior": lambda: plotting.posterior(
         STAMPS[:, 0], draws(), draws(), targets=np.zeros((2, 2)), field=2.0
     ),
@@ -137,6 +142,7 @@ def text_of(fig: Figure) -> str:
         ("error_columns", [*LABELS, "S/N", "galaxies", "median"]),
         ("bias_against_snr", [*LABELS, "S/N", r"\alpha"]),
         ("shear_bias", ["LSST target", "component 2", "$m$ (%)", "$c$"]),
+        ("half_widths", [*LABELS, "S/N", "width of r", "width of e"]),
         ("posterior", [*LABELS, "|e|", "(mag)"]),
     ],
 )
@@ -187,6 +193,19 @@ def test_colours_follow_the_survey_and_the_centring():
     assert colours == "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #7f7f7f".split()
     spare = plotting._styles(["LSST", "isolated", "blended"])
     assert len({style["color"] for style in spare.values()}) == 3
+
+
+def test_half_widths_are_those_of_the_errors():
+    """Errors of size 0.05 have half widths near 0.05; bins of fewer than ten, none."""
+    fig = FIGURES["half_widths"]()
+    for ax in fig.axes:
+        for line in ax.lines:
+            height = line.get_ydata()
+            assert np.nanmedian(height) == pytest.approx(0.05, rel=0.2)
+    few = plotting.half_widths(
+        [{"a": np.ones(9)}], [("x", np.ones(9), np.array([0, 2.0]))], ["y"]
+    )
+    assert np.isnan(few.axes[0].lines[0].get_ydata()).all()
 
 
 def test_rgb_orders_bands_and_stays_in_range():

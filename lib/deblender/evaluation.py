@@ -33,20 +33,30 @@ def evaluate(network: Network, scenes: Scenes, isolated: bool = False) -> Table:
     """
     bands = channels(scenes, network)
     apply = network.reconstruct if isolated else network.deblend
-    tables = []
-    for batch in _progress(scenes, network.survey):
-        output = measure(apply(batch.noisy[..., bands]).image, network.survey)
-        target = measure(batch.target[..., bands], network.survey)
-        table = hstack(
-            [batch.truth["r_mag", "snr", "z", "dmag"], errors(output, target)]
-        )
-        for name in ("n_galaxies", "b_closest", "b_total", "dx", "dy"):
-            table[name] = batch.truth[name]
-        for name in ("e1", "e2", "e"):
-            table[f"{name}_in"], table[f"{name}_out"] = target[name], output[name]
-        table["flag"], table["reason"] = output["flag"], output["reason"]
-        tables.append(table)
+    tables = [
+        compare(apply(batch.noisy[..., bands]).image, batch, network.survey)
+        for batch in _progress(scenes, network.survey)
+    ]
     return vstack(tables, metadata_conflicts="silent")
+
+
+def compare(images: np.ndarray, scenes: Scenes, survey: Survey) -> Table:
+    """Measure images of the targets of scenes against the truth; as `evaluate`.
+
+    `images` (scene, y, x, band) in electrons, of the bands of `survey`, which the
+    scenes have too.
+    """
+    bands = [scenes.survey.index(name) for name in survey.band_names]
+    output = measure(images, survey)
+    target = measure(scenes.target[..., bands], survey)
+    truth = scenes.truth
+    table = hstack([truth["r_mag", "snr", "z", "dmag"], errors(output, target)])
+    for name in ("n_galaxies", "b_closest", "b_total", "dx", "dy"):
+        table[name] = truth[name]
+    for name in ("e1", "e2", "e"):
+        table[f"{name}_in"], table[f"{name}_out"] = target[name], output[name]
+    table["flag"], table["reason"] = output["flag"], output["reason"]
+    return table
 
 
 def ellipticity_pairs(table: Table) -> tuple[np.ndarray, np.ndarray]:

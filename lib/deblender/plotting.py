@@ -573,6 +573,43 @@ def bias_against_snr(
 
 
 @plt.rc_context(STYLE)
+def half_widths(
+    errors: Sequence[Mapping[str, np.ndarray]],
+    xs: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    ylabels: Sequence[str],
+) -> Figure:
+    """Half the 16-to-84 % range of errors in bins; a row an error, a column an x.
+
+    `errors`: a mapping of label to (scene,) for each row, the same labels in all, named
+    by `ylabels`. `xs`: label, values (scene,) and edges of each column; edges above
+    zero that span more than a decade make it logarithmic. Bins of fewer than ten
+    galaxies have no point.
+    """
+    fig, axes = _figure(len(errors), len(xs), 1 + 2.4 * len(errors), sharex="col")
+    styles = _styles(list(errors[0]))
+    for row, of_error, ylabel in zip(axes, errors, ylabels, strict=True):
+        for ax, (_, x, edges) in zip(row, xs, strict=True):
+            for label, error in of_error.items():
+                table = binned(x, error, edges)
+                width = np.where(table["n"] < 10, np.nan, table["p84"] - table["p16"])
+                middle = (table["low"] + table["high"]) / 2
+                if log := edges[0] > 0 and edges[-1] > 10 * edges[0]:
+                    middle = np.sqrt(table["low"] * table["high"])
+                ax.plot(middle, width / 2, ms=5, lw=1.4, **styles[label], label=label)
+            if log:
+                _log_axis(ax, edges[0], edges[-1])
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.yaxis.set_minor_formatter(NullFormatter())
+        row[0].set(ylabel=ylabel)
+    for ax, (xlabel, *_) in zip(axes[-1], xs, strict=True):
+        ax.set(xlabel=xlabel)
+    _legend(fig, *reversed(axes[0, 0].get_legend_handles_labels()))
+    return fig
+
+
+@plt.rc_context(STYLE)
 def shear_bias(biases: Mapping[str, Table]) -> Figure:
     """Multiplicative and additive shear biases with bootstrap errors (section 4.3).
 

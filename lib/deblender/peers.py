@@ -1,0 +1,341 @@
+"""Other deblenders on the same scenes: SEP, scarlet2, and none at all.
+
+Each takes noisy stamps and answers with the target of each. Where a deblender needs to
+know where the galaxies are, it is told the truth, which no survey would know. SEP and
+scarlet2 are imported when they are called, and need not be there before.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from astropy.table import Table
+from scipy.ndimage import gaussian_filter
+from tqdm import tqdm
+
+from .evaluation import compare, ellipticity_pairs
+from .files import data_folder
+from .measurement import ellipticity_bias, in_snr_range
+from .simulation import MATCH_RADIUS, Scenes
+from .surveys import REFERENCE_BAND, STAMP_SIZE
+
+OUTLIER = 0.5  # magnitudes off in r, beyond which a galaxy counts as lost
+CENTRE = (STAMP_SIZE - 1) / 2  # pixels
+# The best settings of `scarlet2` that were found on validation blends.
+FITS = {
+    "sersic": {"sersic": True, "size": 41, "tolerance": 1e-3},
+    "pixels": {"sersic": False, "size": 21, "tolerance": 1e-4},
+}
+SMALLEST_APERTURE = 1.75  # pixels, of SExtractor's
+
+
+@dataclass
+class Answer:
+    """What a deblender says of the targets of scenes.
+
+    `images` (scene, y, x, band) as the camera sees them and `flux` (scene, band), both
+    in electrons, NaN where it found no target; `seconds` (scene,) that it took.
+    """
+
+    images: np.ndarray
+    flux: np.ndarray
+    seconds: np.ndarray
+
+
+def _answer(scenes: Scenes, deblend: Callable[[Scenes], tuple], label: str) -> Answer:
+    """Give a deblender one scene after another."""
+    found = Answer(
+        np.full((len(scenes), *scenes.survey.shape), np.nan, dtype=np.float32),
+        np.full((len(scenes), len(scenes.survey.bands)), np.nan),
+        np.full(len(scenes), np.nan),
+    )
+    for i, scene in enumerate(tqdm(scenes.batches(1), label, len(scenes))):
+        scene.noisy  # noqa: B018  drawn before the clock starts
+        begin = time.perf_counter()
+        result = deblend(scene)
+        found.seconds[i] = time.perf_counter() - begin
+        if result is not None:
+            found.images[i], found.flux[i] = result
+    return found
+
+
+def nothing(scenes: Scenes) -> Answer:
+    """The blend itself, as if it were the target."""
+    flux = scenes.noisy.sum(axis=(1, 2), dtype=float)
+    return Answer(scenes.noisy, flux, np.zeros(len(scenes)))
+
+
+def positions(scenes: Scenes) -> Iterator[np.ndarray]:
+    """True places of the galaxies of each scene, its target first, in pixels (y, x)."""
+    survey = scenes.survey
+    scale = survey.reference.instrument.pixel_scale
+    rows = zip(
+        scenes.target_positions, scenes.neighbour_positions, scenes.counts, strict=True
+    )
+    for target, neighbours, n in rows:
+        placed = np.concatenate([target[None], neighbours[: n - 1]])  # (galaxy, xy)
+        yield CENTRE + placed[:, ::-1] / scale
+
+
+def sep(
+    scenes: Scenes,
+    aperture: bool = False,
+    threshold: float = 1.5,
+    contrast: float = 0.005,
+) -> Answer:
+    """Detect, deblend and measure with SEP, the library of SExtractor.
+
+    Detection in r, `threshold` times the noise of the sky; `contrast` is SExtractor's
+    DEBLEND_MINCONT. The target is the object nearest to its true place. Its flux is
+    that of its pixels in the segmentation map, or, with `aperture`, that inside Kron's
+    ellipse, neighbours masked out. Barbary 2016; Bertin & Arnouts 1996.
+    """
+    deblend = partial(
+        _sep_scene, aperture=aperture, threshold=threshold, contrast=contrast
+    )
+    return _answer(scenes, deblend, "SEP")
+
+
+def _sep_scene(
+    scene: Scenes, aperture: bool, threshold: float, contrast: float
+) -> tuple[np.ndarray, np.ndarray] | None:
+    import sep
+
+    survey, noisy = scene.survey, scene.noisy[0]
+    r = survey.index(REFERENCE_BAND)
+    objects, segments = sep.extract(
+        np.ascontiguousarray(noisy[..., r]),
+        threshold,
+        err=float(np.sqrt(survey.sky[r])),
+        deblend_cont=contrast,
+        segmentation_map=True,
+    )
+    (place,) = positions(scene)
+    distance = np.hypot(objects["y"] - place[0, 0], objects["x"] - place[0, 1])
+    distance = distance * survey.reference.instrument.pixel_scale
+    if not len(objects) or distance.min() > MATCH_RADIUS:
+        return None
+    number = int(np.argmin(distance))
+    if aperture:
+        image = noisy * np.isin(segments, (0, number + 1))[..., None]
+        found = objects[number : number + 1]
+        return image, _kron(noisy, found, segments, number + 1, r)
+    image = noisy * (segments == number + 1)[..., None]
+    return image, image.sum(axis=(0, 1), dtype=float)
+
+
+def _kron(
+    noisy: np.ndarray, found: np.ndarray, segments: np.ndarray, number: int, band: int
+) -> np.ndarray:
+    """Fluxes in Kron's ellipse of a band, as SEP's manual makes FLUX_AUTO.
+
+    Returns (band,) electrons.
+    """
+    import sep
+
+    shape = [found[name] for name in ("x", "y", "a", "b", "theta")]
+    masked = {"seg_id": np.array([number], dtype=np.int32), "segmap": segments}
+    planes = [np.ascontiguousarray(plane) for plane in np.moveaxis(noisy, -1, 0)]
+    radius, _ = sep.kron_radius(planes[band], *shape, 6.0, **masked)
+    if not radius[0] * np.sqrt(found["a"] * found["b"])[0] >= SMALLEST_APERTURE:
+        circle = (found["x"], found["y"], SMALLEST_APERTURE)
+        fluxes = [sep.sum_circle(p, *circle, subpix=1, **masked)[0] for p in planes]
+    else:
+        shape.append(2.5 * radius)
+        fluxes = [sep.sum_ellipse(p, *shape, subpix=1, **masked)[0] for p in planes]
+    return np.array(fluxes, dtype=float)[:, 0]
+
+
+def scarlet2(
+    scenes: Scenes,
+    sersic: bool,
+    size: int,
+    tolerance: float,
+    steps: int = 300,
+    stride: float = 0.05,
+) -> Answer:
+    """Fit all galaxies of a scene with scarlet2, their true places given.
+
+    Each is a spectrum times a morphology: Sersic's profile, or, without `sersic`, an
+    image of free positive pixels that starts from its moments. `size` is that of its
+    box in pixels, `stride` the step of a shape parameter; the fit ends when no
+    parameter changes by more than `tolerance`, or after so many `steps`. Variances are
+    those of the sky and of the light in the noisy pixels. FITS has the best settings.
+    Melchior et al. 2018 and scarlet2's own guide.
+    """
+    options = {"size": size, "stride": stride, "fit": (steps, tolerance)}
+    deblend = partial(_scarlet2_scene, sersic=sersic, **options)
+    return _answer(scenes, deblend, "scarlet2")
+
+
+def _scarlet2_scene(
+    scene: Scenes, sersic: bool, size: int, stride: float, fit: tuple[int, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    import jax.numpy as jnp
+    import scarlet2 as sc2
+
+    sc2.set_validation(False)
+    survey, data = scene.survey, np.moveaxis(scene.noisy[0], -1, 0)  # (band, y, x)
+    sky = survey.sky[:, None, None]
+    camera = survey.reference.instrument
+    psf = camera.psf.drawImage(nx=41, ny=41, scale=camera.pixel_scale).array
+    seen = sc2.Observation(
+        data,
+        weights=1 / (np.maximum(data, 0) + sky),
+        psf=np.repeat(psf[None], len(data), axis=0),
+        channels=list(survey.band_names),
+    )
+    frame = sc2.Frame.from_observations(seen)
+    seen.match(frame)
+    add = _add_sersic if sersic else _add_pixels
+    (places,) = positions(scene)
+    with sc2.Scene(frame) as model:
+        for place in places:
+            add(sc2, seen, jnp.array(place), size)
+    with sc2.Parameters(model):
+        for k, source in enumerate(model.sources):
+            for name, node, constraint, step in _free(sc2, source, sersic, stride):
+                sc2.Parameter(
+                    node, name=f"{name}:{k}", constraint=constraint, stepsize=step
+                )
+    steps, tolerance = fit
+    model = model.fit(seen, max_iter=steps, e_rel=tolerance, progress_bar=False)
+    image = seen.render(model.evaluate_source(model.sources[0]))  # (band, y, x)
+    image = np.moveaxis(np.asarray(image), 0, -1)
+    return image, image.sum(axis=(0, 1), dtype=float)
+
+
+def _add_sersic(sc2, seen, place, size: int) -> None:
+    import jax.numpy as jnp
+
+    peak = sc2.init.pixel_spectrum(seen, place, correct_psf=True)
+    round_disc = sc2.SersicMorphology(
+        jnp.array(1.0), jnp.array(2.0), jnp.array([0.01, 0.01]), shape=(size, size)
+    )
+    sc2.Source(place, jnp.maximum(0.3 * peak, 1e-3), round_disc)
+
+
+def _add_pixels(sc2, seen, place, size: int) -> None:
+    import jax.numpy as jnp
+
+    try:
+        boxes = [n for n in (15, 21, 31, 41) if n <= size]
+        spectrum, image = sc2.init.from_gaussian_moments(seen, place, box_sizes=boxes)
+    except ValueError:  # a negative size: too faint for moments
+        spectrum = sc2.init.pixel_spectrum(seen, place, correct_psf=True)
+        image = sc2.init.compact_morphology()
+    sc2.Source(place, jnp.maximum(spectrum, 1e-3), jnp.clip(image, 1e-6, 1 - 1e-6))
+
+
+def _free(sc2, source, sersic: bool, stride: float) -> list[tuple]:
+    """Name, node, constraint and step of what the fit of a source changes."""
+    from numpyro.distributions import constraints
+
+    brightness = partial(sc2.relative_step, factor=0.05)
+    free = [("spectrum", source.spectrum, constraints.positive, brightness)]
+    shape = source.morphology
+    if not sersic:
+        return [*free, ("image", shape, constraints.unit_interval, 0.1)]
+    return [
+        *free,
+        ("n", shape.n, constraints.interval(0.4, 5.0), stride),
+        ("size", shape.size, constraints.interval(0.2, 12.0), stride),
+        ("e", shape.ellipticity, constraints.interval(-0.65, 0.65), stride / 2),
+    ]
+
+
+def score(answer: Answer, scenes: Scenes) -> Table:
+    """Compare answers with the truth; one row a scene.
+
+    Columns: those of `evaluate`, with `dr` from the flux of the answer, and `dgr`, the
+    error of g - r (magnitudes); `ssim` and `cosine` of the r image (see `similarity`);
+    `seconds`. NaN where there is no answer.
+    """
+    found = np.isfinite(answer.flux).all(axis=1)
+    images = np.where(found[:, None, None, None], answer.images, 0)
+    survey, r = scenes.survey, scenes.survey.index(REFERENCE_BAND)
+    table = compare(images, scenes, survey)
+    true = scenes.target.sum(axis=(1, 2), dtype=float)  # (scene, band)
+    with np.errstate(invalid="ignore"):
+        off = -2.5 * np.log10(np.where(answer.flux > 0, answer.flux, np.nan) / true)
+    table["dr"], table["dgr"] = off[:, r], off[:, survey.index("g")] - off[:, r]
+    images, targets = answer.images[..., r], scenes.target[..., r]
+    pairs = [similarity(a, b) for a, b in zip(images, targets, strict=True)]
+    table["ssim"], table["cosine"] = np.array(pairs).T
+    table["seconds"] = answer.seconds
+    return table
+
+
+def summary(table: Table) -> dict[str, float]:
+    """Numbers of a table of `score`, for targets of SNR 10 to 3000.
+
+    Median and half the 16-to-84 % range (`sigma_*`) of `dr`, `dgr` and `de`; `slope` of
+    output on input ellipticity, minus one; medians of `ssim` and `cosine`; `outliers`,
+    the fraction with no r magnitude within OUTLIER of the truth; `failed`, the fraction
+    without r magnitude or shape; mean `seconds`.
+    """
+    table = table[in_snr_range(table["snr"])]
+    found = {}
+    for name in ("dr", "dgr", "de"):
+        p16, median, p84 = np.nanpercentile(np.asarray(table[name]), [16, 50, 84])
+        found |= {f"median_{name}": median, f"sigma_{name}": (p84 - p16) / 2}
+    found["slope"] = ellipticity_bias(*ellipticity_pairs(table))["alpha"].value
+    found |= {name: np.nanmedian(table[name]) for name in ("ssim", "cosine")}
+    found["outliers"] = 1 - np.mean(np.abs(table["dr"]) < OUTLIER)
+    found["failed"] = 1 - np.mean(np.isfinite(table["dr"]) & np.isfinite(table["de"]))
+    found["seconds"] = np.mean(table["seconds"])
+    return {name: float(value) for name, value in found.items()}
+
+
+def kept(name: str, scenes: Scenes) -> Table:
+    """A table of `score` that was computed elsewhere, of the first of these scenes.
+
+    The files are in `data/results`; each says in its `meta` how it was made.
+
+    Raises ValueError if there is no such table, or if it is of other scenes.
+    """
+    folder = data_folder("results", "data/results")
+    known = {file.stem: file for file in folder.glob("*.ecsv")}
+    if name not in known:
+        raise ValueError(
+            f"no results {name!r}; accepted: {', '.join(sorted(known)) or 'none'}"
+        )
+    table = Table.read(known[name])[: len(scenes)]
+    here = scenes.truth["r_mag"][: len(table)]
+    if not np.allclose(here, table["r_mag"], atol=1e-4):
+        raise ValueError(
+            f"results {name!r} are of other scenes than those received; accepted: "
+            f"{table.meta['scenes']}"
+        )
+    return table
+
+
+def similarity(image: np.ndarray, target: np.ndarray) -> tuple[float, float]:
+    """Structural similarity of two images (y, x), and the cosine between them.
+
+    The structural similarity is that of Wang et al. 2004, with a Gaussian window of 1.5
+    pixels and the largest pixel of the target as range; NaN for an image with NaN.
+    """
+    image, target = image.astype(float), target.astype(float)
+    span = target.max()
+    mean, blur = {}, partial(gaussian_filter, sigma=1.5, truncate=3.5)
+    for name, product in (
+        ("a", image),
+        ("b", target),
+        ("aa", image * image),
+        ("bb", target * target),
+        ("ab", image * target),
+    ):
+        mean[name] = blur(product)
+    centre = mean["a"] * mean["b"]
+    squares = mean["a"] ** 2 + mean["b"] ** 2
+    covariance = mean["ab"] - centre
+    variances = mean["aa"] + mean["bb"] - squares
+    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+    ssim = (2 * centre + c1) * (2 * covariance + c2)
+    ssim = ssim / ((squares + c1) * (variances + c2))
+    norms = np.sqrt((image**2).sum() * (target**2).sum())
+    cosine = (image * target).sum() / norms if norms > 0 else np.nan
+    return float(ssim.mean()), float(cosine)
