@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lint sync format clean
+.PHONY: help setup book test lint sync format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -28,14 +28,22 @@ test: lint  ## lint, unit tests, pairs in step, every chapter with small paramet
 
 lint: $(READY)  ## check style, change nothing
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check lib tests tools
+	$(BIN)/ruff format --check benchmarks lib tests tools
 
 sync: $(READY)  ## derive each book/NN_name.ipynb from its .md
 	$(BIN)/python tools/sync_twins.py
 
 format: $(READY)  ## mend style where a program can
-	$(BIN)/ruff check --fix lib tests tools
-	$(BIN)/ruff format lib tests tools
+	$(BIN)/ruff check --fix benchmarks lib tests tools
+	$(BIN)/ruff format benchmarks lib tests tools
+
+BENCH := benchmarks/.venv
+
+bench:  ## measure speed and memory beside the peers, in an environment of their own
+	test -x $(BENCH)/bin/pip || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.lock
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BENCH)/bin/python benchmarks/bench.py
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build

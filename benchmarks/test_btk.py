@@ -1,0 +1,43 @@
+"""The deblender inside BlendingToolKit: `pytest benchmarks` in its environment."""
+
+import btk
+import numpy as np
+import pytest
+
+import deblender
+from bench import CATSIM
+from btk_deblender import NetworkDeblender, btk_survey
+
+
+@pytest.fixture(scope="module")
+def blends():
+    galaxies = btk.catalog.CatsimCatalog.from_file(str(CATSIM))
+    sampling = btk.sampling_functions.DefaultSampling(
+        stamp_size=12.8, max_number=3, max_shift=2.0, seed=3, max_mag=24.5
+    )
+    survey = btk_survey(deblender.survey("lsst"))
+    return next(
+        btk.draw_blends.CatsimGenerator(galaxies, sampling, survey, batch_size=12)
+    )
+
+
+def test_survey_has_our_noise_and_bands(blends):
+    survey = deblender.survey("lsst")
+    assert tuple(blends.survey.available_filters) == survey.band_names
+    corner = blends.blend_images[:, :, :8, :8]  # (blend, band, y, x), mostly sky
+    measured = np.median(corner.std(axis=(2, 3)), axis=0)
+    np.testing.assert_allclose(measured, np.sqrt(survey.sky), rtol=0.1)
+
+
+def test_answers_are_those_of_btk_and_resemble_the_galaxies(blends):
+    answers = NetworkDeblender(max_n_sources=3)(blends)
+    assert answers.deblended_images.shape == blends.isolated_images.shape
+    r = blends.survey.available_filters.index("r")
+    cosines = []
+    for truth, found in zip(
+        blends.isolated_images[:, :, r], answers.deblended_images[:, :, r], strict=True
+    ):
+        brightest = truth.sum(axis=(1, 2)).argmax()
+        a, b = truth[brightest].ravel(), found[brightest].ravel()
+        cosines.append(a @ b / np.sqrt((a @ a) * (b @ b)))
+    assert np.median(cosines) > 0.98
