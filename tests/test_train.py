@@ -41,8 +41,10 @@ def test_decentred_network_starts_from_the_one_trained_here(out):
 
 
 def test_a_network_goes_on_from_another(out, tmp_path):
-    main(["lsst", "--start", str(out / "lsst"), "--out", str(tmp_path), *TINY])
+    more = ["--start", str(out / "lsst"), "--calibration", "2"]
+    main(["lsst", "--out", str(tmp_path), *more, *TINY])
     first, second = (deblender.load("lsst", folder=f) for f in (out, tmp_path))
+    assert second.card["images_seen"] == {"vae": 0, "deblender": 8, "calibration": 16}
     assert second.card["start"]["card"] == first.card
     for old, new in zip(
         first.decoder.get_weights(), second.decoder.get_weights(), strict=True
@@ -73,6 +75,7 @@ def test_profile_gives_the_sizes_of_the_paper():
         (["lsst", "--catalogue", "/nowhere"], "galsim_download_cosmos"),
         (["sdss"], "invalid choice: 'sdss'"),
         (["lsst", "--epochs", "0"], "received {'epochs': 0}; accepted: 1 or more"),
+        (["lsst-paper", "--calibration", "1"], "accepted: a network without -paper"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):

@@ -65,6 +65,7 @@ class Sizes:
     n_train: int = 20_000
     n_validation: int = 1000
     epochs: int = 2
+    calibration: int | None = None  # of a linear network, passes against bias
 
 
 def sizes_of(profile: str) -> Sizes:
@@ -97,6 +98,7 @@ def train(
     if not recipe.paper:
         rate = LINEAR_RATE / 2 if start else LINEAR_RATE
         rest |= {"start": start, "components": recipe.components}
+        rest |= {"calibration": sizes.calibration}
         return train_linear(galaxies, of, *n, learning_rate=rate, **rest)
     encoder = start and start.deblender
     if recipe.centring == "exact":
@@ -162,6 +164,10 @@ def main(arguments: list[str] | None = None) -> None:
     made = provenance(arguments)
     try:
         sizes = _sizes(args)
+        if recipe.paper and sizes.calibration:
+            raise ValueError(
+                f"--calibration with {args.name}; accepted: a network without -paper"
+            )
         first = args.start or recipe.start
         ours = first in available(out)  # trained here before
         start = load(out / first if ours else first) if first else None
@@ -196,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--n-train", type=int, metavar="N", help="training scenes")
     add("--n-validation", type=int, metavar="N", help="validation scenes")
     add("--epochs", type=int, metavar="N", help="passes over them, in each stage")
+    add("--calibration", type=int, metavar="N", help="and against bias [epochs / 12]")
     add("--catalogue", default="synthetic", help="or a folder of COSMOS [%(default)s]")
     add("--start", metavar="NAME", help="network to begin with, not that of the recipe")
     add("--precision", default="float32", choices=PRECISIONS, help="[%(default)s]")

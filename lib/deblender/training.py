@@ -37,8 +37,8 @@ from .weights import Network
 CONSTANTS_FROM = 2000  # scenes, enough for eq. 4 and for principal components
 LINEAR_BATCH_SIZE = 64
 LINEAR_RATE = 2e-3  # to 4e-3 learnt alike over 16,000 images, 1e-3 more slowly
-# One epoch against bias, of COPIES images a blend, for as many of the likelihood, at a
-# fraction of its learning rate, which spares what was learnt.
+# One epoch against bias, of COPIES images a blend, for as many of the likelihood unless
+# told otherwise, at a fraction of its learning rate, which spares what was learnt.
 CALIBRATION, GENTLY = 12, 1 / 8
 WATCHED = 1000  # validation blends measured after each epoch
 
@@ -195,15 +195,17 @@ def train_linear(
     learning_rate: float = LINEAR_RATE,
     folder: Path | None = None,
     components: str = "peak",
+    calibration: int | None = None,
 ) -> Network:
     """Train the second network: principal components, then an encoder of blends.
 
     The encoder first learns mean and width of each latent number by their likelihood;
     a mean of what is possible is rounder and more usual than the truth, and the last
-    epochs take out that bias (`calibration_loss`). `start`, a linear network of the
-    same survey, gives the components and the first weights; without it, they are those
-    of galaxies of the centring `components`. `"peak"` serves networks of any centring,
-    `"exact"` draws centred galaxies with fewer.
+    epochs take out that bias (`calibration_loss`): `calibration` of them, or one for
+    every twelve of the likelihood. `start`, a linear network of the same survey, gives
+    the components and the first weights; without it, they are those of galaxies of the
+    centring `components`. `"peak"` serves networks of any centring, `"exact"` draws
+    centred galaxies with fewer.
     """
     train = simulate(catalogue, survey, n_train, 4, centring, seed, "train")
     watched = simulate(catalogue, survey, n_validation, 4, centring, seed, "validation")
@@ -229,7 +231,8 @@ def train_linear(
     }
     if start is not None:
         card["start"] = _origin(start)
-    few, gentle = -(-epochs // CALIBRATION), learning_rate * GENTLY
+    few = calibration or -(-epochs // CALIBRATION)
+    gentle = learning_rate * GENTLY
     for stage, kind, loss, n, rate in (
         ("deblender", EncoderBatches, latent_likelihood, epochs, learning_rate),
         ("calibration", RepeatedBatches, calibration_loss, few, gentle),
