@@ -24,6 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import galsim
 import numpy as np
 import speclite.filters
+from astropy.table import Row
 
 import deblender
 from deblender import peers
@@ -89,20 +90,22 @@ def simulation() -> dict:
 
 
 def chromatic() -> dict:
-    """Ten bands, one core, beside GalSim drawing each band of each galaxy."""
+    """Ten bands and noise, one core, beside GalSim drawing each band of each galaxy."""
     of, galaxies = deblender.survey("lsst+euclid"), deblender.catalogue("synthetic")
     bandpasses = [_bandpass(band.passband) for band in of.bands]
     scenes = deblender.simulate(galaxies, of, 10, 4, seed=999)
-    truth = scenes.truth
 
     def band_by_band(_: int) -> None:
-        for row, n in zip(truth, scenes.counts, strict=True):
-            for index in [row["galaxy_id"], *row["neighbour_id"][: n - 1]]:
-                galaxy = galaxies.source.makeGalaxy(int(index), chromatic=True)
-                for band, bandpass in zip(of.bands, bandpasses, strict=True):
-                    seen = galsim.Convolve(galaxy, band.instrument.psf)
-                    scale = band.instrument.pixel_scale
-                    seen.drawImage(bandpass, nx=64, ny=64, scale=scale)
+        noise = galsim.BaseDeviate(1)
+        for scene in scenes.truth:
+            members = _chromatic(galaxies.source, scene)
+            for band, bandpass in zip(of.bands, bandpasses, strict=True):
+                scale, psf = band.instrument.pixel_scale, band.instrument.psf
+                image = galsim.ImageF(64, 64, scale=scale)
+                for galaxy in members:
+                    seen = galsim.Convolve(galaxy, psf)
+                    seen.drawImage(bandpass, image=image, add_to_image=True)
+                image.addNoise(galsim.PoissonNoise(noise, band.sky_electrons))
 
     rates = in_turns(
         3,
@@ -110,6 +113,19 @@ def chromatic() -> dict:
         book=lambda i: draw("lsst+euclid", 200, 2000 + i),
     )
     return rates | {"ratio": rates["book"] / rates["galsim"]}
+
+
+def _chromatic(source: galsim.COSMOSCatalog, scene: Row) -> list[galsim.GSObject]:
+    """The galaxies of a scene in place, with their spectra."""
+    placed = []
+    for k in range(scene["n_galaxies"]):
+        names = ("galaxy_id", "angle", "dx", "dy")
+        if k:
+            names = ("neighbour_id", *(f"neighbour_{name}" for name in names[1:]))
+        row, angle, dx, dy = (scene[n][k - 1] if k else scene[n] for n in names)
+        galaxy = source.makeGalaxy(int(row), chromatic=True)
+        placed.append(galaxy.rotate(angle * galsim.radians).shift(dx, dy))
+    return placed
 
 
 def _bandpass(name: str) -> galsim.Bandpass:

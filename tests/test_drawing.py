@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import deblender
-from deblender.drawing import GRIDS, draw
+from deblender.drawing import CURVE_STEP, GRIDS, _sersic, draw
 
 INSTRUMENTS = deblender.survey("lsst+euclid").instruments
 # GalSim drops waves beyond the `maxk` of a profile. Through the pixels of NISP, wider
@@ -39,6 +39,26 @@ def test_images_are_those_of_galsim(synthetic, instrument):
     peak, flux = exact.max(axis=(1, 2)), exact.sum(axis=(1, 2))
     assert (np.abs(ours - exact).max(axis=(1, 2)) / peak).max() < 1e-3
     assert np.abs(ours.sum(axis=(1, 2), dtype=float) / flux - 1).max() < 1e-3
+
+
+@pytest.mark.parametrize("index", [0.3, 0.5, 1, 1.4, 2.5, 4, 6.2])
+def test_the_transform_of_a_sersic_profile_is_that_of_galsim(index):
+    steps = np.array([0, 1, 10, 100, 300, 1000, 2048, 4000, 8000, 16_000, 40_000])
+    k = (CURVE_STEP * (steps + 0.5)) ** 2  # 1 / half-light radius
+    profile = galsim.Sersic(index, half_light_radius=1)
+    exact = [profile.kValue(x, 0).real for x in k]
+    np.testing.assert_allclose(_sersic(index)[steps], exact, atol=3e-5)
+
+
+@pytest.mark.parametrize("instrument", INSTRUMENTS, ids=lambda i: i.name)
+def test_other_profiles_are_drawn_too(instrument):
+    """Those without a table, turned, sheared and moved, in a sum with a Sersic one."""
+    clump = galsim.Gaussian(sigma=0.4, flux=2).shear(g1=0.3, g2=-0.2).shift(0.5, -0.8)
+    disc = galsim.Exponential(half_light_radius=0.6).shear(g1=-0.4, g2=0.1)
+    galaxy = galsim.Sum(clump, disc).rotate(0.7 * galsim.radians).shift(-0.3, 0.2)
+    (ours,) = draw([galaxy], instrument)
+    exact = _drawn_by_galsim(galaxy, instrument)
+    np.testing.assert_allclose(ours, exact, atol=1e-3 * exact.max())
 
 
 @pytest.mark.parametrize("instrument", INSTRUMENTS, ids=lambda i: i.name)

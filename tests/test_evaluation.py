@@ -71,7 +71,8 @@ def test_shear_samples_share_their_noise(synthetic, survey, scenes, monkeypatch)
         sheared = deblender.simulate(synthetic, survey, n, seed=8, shear=shear)
         noise.append(noisy - sheared.blend[counted])
     for other in noise[1:]:
-        np.testing.assert_allclose(other, noise[0], atol=0.05)  # float32 of 1e5
+        # Its size follows the light, and counts are whole numbers.
+        assert np.std(other - noise[0]) < 0.03 * np.std(noise[0])
     # An answer that ignores the shear has m = -1; the targets follow it.
     assert shear_biases(tables["oracle"])["m"] == pytest.approx([-1, -1], abs=1e-9)
     assert np.abs(shear_biases(tables["target"])["m"]).max() < 0.3

@@ -3,6 +3,7 @@
 import galsim
 import numpy as np
 import pytest
+from scipy import stats
 
 import deblender
 from deblender import simulation
@@ -83,6 +84,28 @@ def test_noise_variance_is_sky_plus_source():
     np.testing.assert_allclose(noisy.var(axis=(0, 1)), sky + 1_000, rtol=0.02)
     empty = add_noise(np.zeros((1000, 1000, 2)), sky, np.random.default_rng(2))
     np.testing.assert_allclose(empty.var(axis=(0, 1)), sky, rtol=0.01)
+
+
+@pytest.mark.parametrize("mean", [0.5, 20.0, 60.0, 350.0, 65_000.0])
+def test_noise_has_the_distribution_of_poisson(mean):
+    n = 1_000_000
+    sky = np.array([mean], dtype=np.float32)
+    counts = add_noise(np.zeros((n, 1)), sky, np.random.default_rng(3)) + sky
+    counts = np.sort(np.rint(counts[:, 0]))
+    values = np.unique(counts)
+    ours = np.searchsorted(counts, values, side="right") / n
+    difference = np.abs(ours - stats.poisson.cdf(values, mean)).max()
+    assert difference < 1e-3 + 1.5 / np.sqrt(n)  # what a sample of n has by itself
+
+
+def test_equal_generators_give_equal_noise_to_nearly_equal_images():
+    sky = np.array([350.0], dtype=np.float32)
+    bright = np.full((100, 100, 1), 500.0)
+    first, second = (
+        add_noise(bright * factor, sky, np.random.default_rng(4))
+        for factor in (1.0, 1.01)
+    )
+    assert np.std(second - first) < 0.05 * np.std(first)
 
 
 def test_neighbours_are_in_the_annulus_and_fainter(blends, synthetic):

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import galsim
@@ -74,7 +74,7 @@ def _flux_ratios(passband: str, z_max: float) -> tuple[np.ndarray, np.ndarray]:
     return redshift, ratios
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is another only if it is the same object
 class Catalogue:
     """Galaxies as GalSim reads them, with their magnitudes and a fixed split.
 
@@ -97,17 +97,10 @@ class Catalogue:
     def magnitudes(self, survey: Survey) -> np.ndarray:
         """AB magnitudes in every band, the SED put at the catalogue's redshift.
 
-        Returns a float64 array; infinite where the SED has no light in the band.
+        Returns a float64 array, not to be written to; infinite where the SED has no
+        light in the band.
         """
-        z_max = max(4.0, float(self.redshift.max()))
-        magnitudes = np.empty((len(self), len(survey.bands)))  # (galaxy, band)
-        for column, band in enumerate(survey.bands):
-            grid, ratios = _flux_ratios(band.passband, z_max)
-            each = np.stack([np.interp(self.redshift, grid, r) for r in ratios], axis=1)
-            flux = (self.fractions * each).sum(axis=1)
-            with np.errstate(divide="ignore"):
-                magnitudes[:, column] = self.f814w - 2.5 * np.log10(flux)
-        return magnitudes
+        return _magnitudes(self, survey)
 
     def split(self, name: str) -> np.ndarray:
         """Rows of the galaxies brighter than r = 27.5 in a part of the catalogue.
@@ -137,6 +130,20 @@ class Catalogue:
         else:
             galaxy = self.source.makeGalaxy(int(index))
         return galaxy.withFlux(1.0)
+
+
+@lru_cache(maxsize=8)  # a tenth of a second for COSMOS, and every simulation asks
+def _magnitudes(galaxies: Catalogue, survey: Survey) -> np.ndarray:
+    z_max = max(4.0, float(galaxies.redshift.max()))
+    magnitudes = np.empty((len(galaxies), len(survey.bands)))  # (galaxy, band)
+    for column, band in enumerate(survey.bands):
+        grid, ratios = _flux_ratios(band.passband, z_max)
+        each = np.stack([np.interp(galaxies.redshift, grid, r) for r in ratios], axis=1)
+        flux = (galaxies.fractions * each).sum(axis=1)
+        with np.errstate(divide="ignore"):
+            magnitudes[:, column] = galaxies.f814w - 2.5 * np.log10(flux)
+    magnitudes.flags.writeable = False
+    return magnitudes
 
 
 def catalogue(name: str | os.PathLike = "synthetic", real: bool = False) -> Catalogue:

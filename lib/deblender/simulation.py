@@ -41,10 +41,11 @@ DETECTION_SIZE, DETECTION_SIGMA = 128, 5.0
 MATCH_RADIUS = 1.0  # arcsec; a peak farther from every galaxy is one of the noise
 MAX_TRIES = 1000  # scenes drawn before giving up on one with a detected peak
 COUNTS, LAYOUT, NOISE = 1, 2, 3  # streams of random numbers of one seed
+FEW = 50.0  # electrons, below which the shape of Poisson's distribution shows
 CHUNK = 100  # scenes a task draws and writes at a time
 # Unit-flux pixels times this fit the range of float16: relative error below 5e-4.
 STAMP_SCALE = 1024.0
-FORMAT = 4  # of what is cached; raise it when the same call would draw other bits
+FORMAT = 5  # of what is cached; raise it when the same call would draw other bits
 
 
 @dataclass
@@ -78,17 +79,25 @@ class Scenes:
         `rows` (image,) or (image, galaxy) are numbers of galaxies, -1 for none.
         """
         rows = rows[:, None] if rows.ndim == 1 else rows  # (image, galaxy)
-        flux = np.where(rows[..., None] >= 0, self.flux[rows], 0)
-        flux = flux / np.float32(STAMP_SCALE)  # (image, galaxy, band)
         images = np.empty((len(rows), *self.survey.shape), dtype=np.float32)
-        for k, instrument in enumerate(self.survey.instruments):
-            bands = self.survey.instrument_of_band == k
-            unit = self.stamps[instrument.name][rows].astype(np.float32)
-            unit = unit.reshape(*rows.shape, STAMP_SIZE**2)  # (image, galaxy, pixel)
-            # One product of matrices an image: ten times faster than broadcasting.
-            sums = np.matmul(unit.swapaxes(1, 2), flux[..., bands])
-            images[..., bands] = sums.reshape(*images.shape[:3], -1)
+        for image, chosen in zip(images, rows, strict=True):
+            present = chosen[chosen >= 0]
+            flux = self.flux[present] / np.float32(STAMP_SCALE)  # (galaxy, band)
+            for name, bands in self._bands:
+                unit = self.stamps[name][present].reshape(len(present), -1)
+                # A product of matrices: ten times faster than broadcasting.
+                light = unit.astype(np.float32).T @ flux[:, bands]
+                image[..., bands] = light.reshape(STAMP_SIZE, STAMP_SIZE, -1)
         return images  # (image, y, x, band)
+
+    @cached_property
+    def _bands(self) -> list[tuple[str, slice]]:
+        """Name of each instrument, and the channels that are its bands."""
+        whose = self.survey.instrument_of_band
+        channels = [np.flatnonzero(whose == k) for k in range(whose.max() + 1)]
+        slices = [slice(int(c[0]), int(c[-1]) + 1) for c in channels]
+        names = [instrument.name for instrument in self.survey.instruments]
+        return list(zip(names, slices, strict=True))
 
     def neighbour_rows(self, slot: int) -> np.ndarray:
         """Rows of the galaxies in a slot (1 to 3) of every scene, -1 where none.
@@ -158,10 +167,17 @@ def add_noise(
 ) -> np.ndarray:
     """Poisson noise of sky plus sources, the mean sky then subtracted.
 
-    `images` (..., band) and `sky` (band,) in electrons per pixel. Section 2.1.1.
+    `images` (..., band) and `sky` (band,) in electrons per pixel. Equal generators give
+    equal noise to images that hardly differ. Section 2.1.1.
     """
     mean = np.maximum(images + sky, 0)  # Fourier ringing may dip below zero
-    return rng.poisson(mean).astype(np.float32) - sky.astype(np.float32)
+    # One normal number a pixel and its skewness, by Cornish and Fisher: within 1e-3 of
+    # the distribution of Poisson (tested), drawn three times faster.
+    normal = rng.standard_normal(mean.shape, dtype=np.float32)
+    counts = np.rint(mean + normal * (np.sqrt(mean) + normal / 6) - 1 / 6)
+    few = mean < FEW
+    counts[few] = rng.poisson(mean[few])
+    return np.subtract(counts, sky, dtype=np.float32)
 
 
 def simulate(
@@ -379,13 +395,16 @@ class _Painter:
 
     def _profiles(self, scene: _Scene) -> list[galsim.GSObject]:
         """The galaxies of a scene before the PSF, turned, sheared and in place."""
-        g1, g2 = self.task.shear
+        shear = galsim.Shear(g1=self.task.shear[0], g2=self.task.shear[1]).getMatrix()
         placed = []
         for row, angle, dx, dy in zip(
             scene.rows, scene.angles, scene.dx, scene.dy, strict=True
         ):
-            profile = self.catalogue.profile(row).rotate(angle * galsim.radians)
-            placed.append(profile.shear(g1=g1, g2=g2).shift(dx, dy))
+            sin, cos = np.sin(angle), np.cos(angle)
+            shape = shear @ [[cos, -sin], [sin, cos]]
+            profile = self.catalogue.profile(row)
+            place = galsim.PositionD(dx, dy)
+            placed.append(galsim.Transform(profile, shape.ravel(), place))
         return placed
 
     def paint(self, start: int, counts: np.ndarray) -> tuple[dict, np.ndarray, Table]:
