@@ -21,7 +21,6 @@ from .surveys import Survey, survey
 
 LIMITING_MAGNITUDE = 27.5  # r band, AB (section 2.1.2)
 N_TEST = 5000  # galaxies kept for the test sample alone (section 2.1)
-N_REALISTIC = 1000  # HST-like stamps drawn for chapter 6
 SPLITS = ("train", "validation", "test", "all")
 # GalSim's three templates, in the order of the columns of `Catalogue.fractions`.
 TEMPLATES = ("CWW_E_ext_more.sed", "CWW_Scd_ext_more.sed", "CWW_Sbc_ext_more.sed")
@@ -173,8 +172,7 @@ def _synthetic(real: bool) -> Path:
     """Folder of the synthetic catalogue, named after the code that draws it."""
     code = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:12]
     if real:
-        folder = cache_folder() / f"realistic-{code}"
-        return build_once(folder, lambda f: synthetic.write_stamps(f, N_REALISTIC))
+        return build_once(cache_folder() / f"realistic-{code}", synthetic.write_stamps)
     return build_once(cache_folder() / f"synthetic-{code}", synthetic.write_parametric)
 
 

@@ -299,7 +299,7 @@ def _observe(
     return image * row["flux"][0] / (row["flux"][0] + extra.sum())
 
 
-def write_stamps(folder: Path, n_galaxies: int = 1000, seed: int = 2022) -> None:
+def write_stamps(folder: Path, n_galaxies: int = 4000, seed: int = 2022) -> None:
     """Write HST-like postage stamps that galsim.RealGalaxyCatalog reads.
 
     Five files appear in `folder`, all or none: the two of `write_parametric`, for the
