@@ -108,6 +108,14 @@ def test_equal_generators_give_equal_noise_to_nearly_equal_images():
     assert np.std(second - first) < 0.05 * np.std(first)
 
 
+def test_no_galaxy_is_an_empty_image(blends):
+    """Isolated targets have no neighbours to compose."""
+    assert not blends.compose(np.array([[-1, -1, -1], [-1, -1, -1]])).any()
+    one, other = blends.compose(np.array([[-1, 3], [3, -1]]))
+    np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(one, blends.compose(np.array([3]))[0])
+
+
 def test_neighbours_are_in_the_annulus_and_fainter(blends, synthetic):
     truth = blends.truth
     distance = np.hypot(truth["neighbour_dx"], truth["neighbour_dy"])

@@ -84,7 +84,7 @@ class Scenes:
             present = chosen[chosen >= 0]
             flux = self.flux[present] / np.float32(STAMP_SCALE)  # (galaxy, band)
             for name, bands in self._bands:
-                unit = self.stamps[name][present].reshape(len(present), -1)
+                unit = self.stamps[name][present].reshape(-1, STAMP_SIZE**2)
                 # A product of matrices: ten times faster than broadcasting.
                 light = unit.astype(np.float32).T @ flux[:, bands]
                 image[..., bands] = light.reshape(STAMP_SIZE, STAMP_SIZE, -1)
