@@ -2,6 +2,7 @@
 
 import json
 
+import keras
 import numpy as np
 import pytest
 
@@ -58,6 +59,21 @@ def test_transfer_from_the_book_keeps_its_own_copy_of_the_prior(tmp_path):
     network = deblender.load(name, folder=tmp_path)
     assert network.survey.name == "lsst+euclid"
     assert (tmp_path / name / "decoder.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["lsst", "lsst-paper"])
+def test_products_in_half_precision_leave_weights_and_answers_in_full(name, tmp_path):
+    more = ["--precision", "mixed_bfloat16", "--out", str(tmp_path)]
+    try:
+        main([name, *more, *TINY])
+    finally:
+        keras.config.set_dtype_policy("float32")
+    network = deblender.load(name, folder=tmp_path)
+    rng = np.random.default_rng(1)
+    image = network.deblend(rng.normal(0, 300, (2, 64, 64, 6))).image
+    assert image.dtype == np.float32 and np.isfinite(image).all()
+    for weights in (network.deblender.get_weights(), network.decoder.get_weights()):
+        assert {w.dtype.name for w in weights} == {"float32"}
 
 
 def test_every_network_of_the_book_has_a_recipe():

@@ -27,6 +27,9 @@ EMPTY_SKY = -4.0
 DENSE = {"kernel_initializer": "he_normal"}
 CONVOLUTION = DENSE | {"padding": "same"}
 LEAK = 0.25
+# What is compared with a target, or drawn from, keeps its precision when the products
+# of a training are in half of it.
+EXACT = {"dtype": "float32"}
 
 # A chapter holds several models, each traced once; TensorFlow takes that for a mistake.
 logging.getLogger("tensorflow").addFilter(lambda r: "retracing" not in r.getMessage())
@@ -51,8 +54,8 @@ def encoder(n_bands: int, name: str = "encoder") -> keras.Model:
         for strides in (1, 2):
             x = activate(layers.Conv2D(filters, 3, strides=strides, **CONVOLUTION)(x))
     x = activate(layers.Dense(HIDDEN, **DENSE)(layers.Flatten()(x)))
-    mean = layers.Dense(LATENT_SIZE, name="mean")(x)
-    width = layers.Dense(LATENT_SIZE, activation="softplus", name="width")(x)
+    mean = layers.Dense(LATENT_SIZE, name="mean", **EXACT)(x)
+    width = layers.Dense(LATENT_SIZE, activation="softplus", name="width", **EXACT)(x)
     return keras.Model(stamp, [mean, width], name=name)
 
 
@@ -78,6 +81,7 @@ def decoder(n_bands: int, name: str = "decoder") -> keras.Model:
         activation="sigmoid",
         bias_initializer=keras.initializers.Constant(EMPTY_SKY),
         name="stamp",
+        **EXACT,
     )(x)
     return keras.Model(latent, stamp, name=name)
 
@@ -173,7 +177,7 @@ class Autoencoder(keras.Model):
         self.encoder, self.decoder = encoder, decoder
         self.decoder.trainable = not freeze_decoder
         self.kl_weight = kl_weight
-        self.sampling = Sampling(seed)
+        self.sampling = Sampling(seed, **EXACT)
 
     def call(self, stamps):
         mean, width = self.encoder(stamps)
