@@ -20,7 +20,7 @@ from deblender.files import write_whole
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("r_mag", "snr", "b_total", "dr", "dgr", "de", "e1_in", "e2_in", "e1_out")
 COLUMNS += ("e2_out", "ssim", "cosine", "seconds")
-PIECE = 10  # scenes between two files
+PIECE = 25  # scenes between two files
 
 
 def fit(n: int, morphology: str, file: Path) -> None:

@@ -28,6 +28,8 @@ FITS = {
     "sersic": {"sersic": True, "size": 41, "tolerance": 1e-3},
     "pixels": {"sersic": False, "size": 21, "tolerance": 1e-4},
 }
+# Each scene compiles functions of its own; after some hundreds the process would die.
+COMPILED = 25
 SMALLEST_APERTURE = 1.75  # pixels, of SExtractor's
 
 
@@ -165,9 +167,16 @@ def scarlet2(
     those of the sky and of the light in the noisy pixels. FITS has the best settings.
     Melchior et al. 2018 and scarlet2's own guide.
     """
+    import jax
+
     options = {"size": size, "stride": stride, "fit": (steps, tolerance)}
     deblend = partial(_scarlet2_scene, sersic=sersic, **options)
-    return _answer(scenes, deblend, "scarlet2")
+    found = []
+    for some in scenes.batches(COMPILED):
+        found.append(_answer(some, deblend, "scarlet2"))
+        jax.clear_caches()
+    fields = ("images", "flux", "seconds")
+    return Answer(*(np.concatenate([getattr(a, f) for a in found]) for f in fields))
 
 
 def _scarlet2_scene(
