@@ -5,15 +5,18 @@ medians of several rounds are kept. Results go to build/metrics/bench.json, a se
 at a time; sections can be named: `python benchmarks/bench.py simulation deblending`.
 """
 
+import cProfile
 import json
 import os
 import platform
-import resource
+import pstats
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,8 +26,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import galsim
 import numpy as np
+import psutil
 import speclite.filters
 from astropy.table import Row
+from threadpoolctl import threadpool_limits
 
 import deblender
 from deblender import peers
@@ -38,6 +43,16 @@ CATSIM = Path(
     )
 )
 ROUNDS = 5
+# Steps of a simulation as its functions are called.
+STEPS = (
+    "arrange",
+    "_profiles",
+    "draw",
+    "_truth",
+    "_keep_chunk",
+    "compose",
+    "add_noise",
+)
 
 
 def in_turns(rounds: int = ROUNDS, **runs: Callable[[int], float]) -> dict[str, float]:
@@ -62,6 +77,18 @@ def rate(n: int, work: Callable[[], object]) -> float:
     return n / (time.perf_counter() - begin)
 
 
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Keep what runs inside on one core, libraries of linear algebra included."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def draw(survey: str, n: int, seed: int) -> float:
     """Scenes of one to four galaxies that one process draws in a second."""
     galaxies, of = deblender.catalogue("synthetic"), deblender.survey(survey)
@@ -82,10 +109,12 @@ def simulation() -> dict:
     blends = btk.draw_blends.CatsimGenerator(
         galaxies, sampling, btk.survey.get_surveys("LSST"), batch_size=50, seed=1
     )
-    rates = in_turns(
-        btk=lambda i: rate(50, lambda: next(blends)),
-        book=lambda i: draw("lsst", 500, 1000 + i),
-    )
+    with one_core():
+        next(blends), draw("lsst", 500, 999)  # makes tables of transforms
+        rates = in_turns(
+            btk=lambda i: rate(50, lambda: next(blends)),
+            book=lambda i: draw("lsst", 1000, 1000 + i),
+        )
     return rates | {"ratio": rates["book"] / rates["btk"]}
 
 
@@ -93,7 +122,7 @@ def chromatic() -> dict:
     """Ten bands and noise, one core, beside GalSim drawing each band of each galaxy."""
     of, galaxies = deblender.survey("lsst+euclid"), deblender.catalogue("synthetic")
     bandpasses = [_bandpass(band.passband) for band in of.bands]
-    scenes = deblender.simulate(galaxies, of, 10, 4, seed=999)
+    scenes = deblender.simulate(galaxies, of, 20, 4, seed=999)
 
     def band_by_band(_: int) -> None:
         noise = galsim.BaseDeviate(1)
@@ -107,11 +136,12 @@ def chromatic() -> dict:
                     seen.drawImage(bandpass, image=image, add_to_image=True)
                 image.addNoise(galsim.PoissonNoise(noise, band.sky_electrons))
 
-    rates = in_turns(
-        3,
-        galsim=lambda i: rate(len(scenes), lambda: band_by_band(i)),
-        book=lambda i: draw("lsst+euclid", 200, 2000 + i),
-    )
+    with one_core():
+        band_by_band(0), draw("lsst+euclid", 500, 1999)  # makes tables of transforms
+        rates = in_turns(
+            galsim=lambda i: rate(len(scenes), lambda: band_by_band(i)),
+            book=lambda i: draw("lsst+euclid", 500, 2000 + i),
+        )
     return rates | {"ratio": rates["book"] / rates["galsim"]}
 
 
@@ -134,10 +164,70 @@ def _bandpass(name: str) -> galsim.Bandpass:
     return galsim.Bandpass(table, wave_type="Angstrom").withZeropoint("AB").thin(1e-3)
 
 
+def profile() -> dict:
+    """Milliseconds a ten-band scene spends in each step of a simulation, one core.
+
+    The clock of the profiler makes all of them longer, calls of small functions most.
+    """
+    of, galaxies = deblender.survey("lsst+euclid"), deblender.catalogue("synthetic")
+    n = 400
+    deblender.simulate(galaxies, of, n, 4, seed=3000, processes=1)  # makes tables
+    clock = cProfile.Profile()
+    with one_core(), clock:
+        deblender.simulate(galaxies, of, n, 4, seed=3001, processes=1).noisy  # noqa: B018
+    spent: dict[str, float] = {}
+    for (file, _, function), (*_, seconds, _) in pstats.Stats(clock).stats.items():
+        if Path(file).parent == Path(deblender.__file__).parent:
+            spent[function] = spent.get(function, 0) + 1000 * seconds / n
+    whole = spent["simulate"] + spent["noisy"]
+    return {"whole": whole} | {step: spent[step] for step in STEPS}
+
+
+def scaling() -> dict:
+    """Scenes drawn and stamps deblended a second, by number of processes, six bands.
+
+    `cores` are joblib's processes, `dask` the workers of a cluster on this machine.
+    """
+    from distributed import Client, LocalCluster
+
+    of, galaxies = deblender.survey("lsst"), deblender.catalogue("synthetic")
+    net, n, n_stamps = deblender.load("lsst"), 2000, 2000
+    noisy = deblender.simulate(galaxies, of, n_stamps, 4, seed=4000).noisy
+    found = []
+    for k in [2**i for i in range(os.cpu_count().bit_length())]:
+        cores = rate(
+            n,
+            lambda k=k: deblender.simulate(galaxies, of, n, seed=4100 + k, processes=k),
+        )
+        options = {"n_workers": k, "threads_per_worker": 1, "dashboard_address": None}
+        with LocalCluster(**options) as cluster, Client(cluster) as client:
+            net.deblend(noisy[:500], client=client)  # each worker imports and compiles
+            deblender.simulate(galaxies, of, 200, seed=4200 + k, client=client)
+            rates = {
+                "workers": k,
+                "cores": cores,
+                "dask": rate(
+                    n,
+                    lambda k=k, client=client: deblender.simulate(
+                        galaxies, of, n, seed=4300 + k, client=client
+                    ),
+                ),
+                "dask_deblend": rate(
+                    n_stamps, lambda client=client: net.deblend(noisy, client=client)
+                ),
+            }
+        print(f"  {rates}", flush=True)
+        found.append(rates)
+    return {"runs": found}
+
+
 def training() -> dict:
     """Images a second: the paper's ten-band network with Keras's defaults, and ours.
 
-    Both take 512 blends of the same scenes an epoch; `linear` is the second network.
+    `keras` takes 512 fixed blends an epoch, the others draw as many with fresh noise.
+    `linear` is the second network. `loss_*` are validation losses of the paper's
+    network after as many images, from the same weights and batches, with products in
+    full and in half precision.
     """
     import keras
 
@@ -148,12 +238,14 @@ def training() -> dict:
 
     of, galaxies = deblender.survey("lsst+euclid"), deblender.catalogue("synthetic")
     scenes = deblender.simulate(galaxies, of, 512, 4, seed=5, split="train")
+    watched = deblender.simulate(galaxies, of, 512, 4, seed=5, split="validation")
     eq4, units = fit_normalisation(scenes), NoiseUnits(np.sqrt(of.sky))
     arrays = eq4.forward(scenes.noisy), np.maximum(eq4.forward(scenes.target), 0)
     plain = networks.vae(10, seed=1)
     plain.compile("adam", loss=networks.cross_entropy)
-    ours = networks.vae(10, seed=1)
+    full = networks.vae(10, seed=1)
     keras.config.set_dtype_policy("mixed_bfloat16")
+    half = networks.vae(10, seed=1)
     decoder = linear.decoder(of)
     second = networks.side_by_side(linear.encoder(of, decoder))
     keras.config.set_dtype_policy("float32")
@@ -162,15 +254,23 @@ def training() -> dict:
     def code(stamps: np.ndarray) -> np.ndarray:
         return project(units.forward(stamps))
 
-    few = Batches(scenes, eq4, seed=1)
+    def few() -> Batches:
+        return Batches(scenes, eq4, seed=1)
+
     many = EncoderBatches(scenes, units, 64, 1, code=code)
     likelihood = networks.latent_likelihood
-    return in_turns(
+    rates = in_turns(
         3,
         keras=lambda i: rate(512, lambda: plain.fit(*arrays, 16, verbose=0)),
-        paper=lambda i: rate(512, lambda: fit(ours, few)),
+        full=lambda i: rate(512, lambda: fit(full, few())),
+        half=lambda i: rate(512, lambda: fit(half, few())),
         linear=lambda i: rate(512, lambda: fit(second, many, loss=likelihood)),
     )
+    validation = Batches(watched, eq4, seed=1, augment=False)
+    for name, model in {"full": full, "half": half}.items():
+        fit(model, few(), epochs=6)
+        rates[f"loss_{name}"] = float(model.evaluate(validation, verbose=0))
+    return rates | {"ratio": rates["half"] / rates["keras"]}
 
 
 def deblending() -> dict:
@@ -214,7 +314,7 @@ def deblending() -> dict:
 
 
 def memory() -> dict:
-    """Largest resident memory (GB) while simulating and training on so many scenes."""
+    """Largest memory (GB) of a process that draws scenes and trains on them."""
     peaks = {}
     for n in (1000, 10_000, 100_000):
         command = [sys.executable, __file__, "--peak", str(n)]
@@ -225,26 +325,93 @@ def memory() -> dict:
 
 
 def peak(n: int) -> None:
-    """Draw `n` LSST scenes, train on 2,000 of their blends, and print the peak."""
+    """Draw `n` LSST blends, train on 500 all over them, print the peak in GB.
+
+    Of memory that is the process's own: pages of a file that lies on disk are not,
+    since the system takes them back when another needs the room.
+    """
     from deblender import networks
     from deblender.batches import Batches
-    from deblender.fitting import fit
     from deblender.normalisation import fit_normalisation
 
+    watch = Watch()
     galaxies, of = deblender.catalogue("synthetic"), deblender.survey("lsst")
     scenes = deblender.simulate(galaxies, of, n, 4, seed=7, split="train")
-    eq4 = fit_normalisation(scenes.take(np.arange(1000)))
-    fit(networks.vae(6, seed=1), Batches(scenes.take(np.arange(0, n, n // 500)), eq4))
-    for batch in scenes.batches():
-        batch.noisy.mean()
-    usage = sum(
-        resource.getrusage(who).ru_maxrss
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    print(usage / 1024**2)
+    eq4 = fit_normalisation(scenes.take(np.arange(500)))
+    model = networks.vae(6, seed=1)
+    model.compile("adam", loss=networks.cross_entropy)
+    batches = Batches(scenes, eq4, seed=1, swap_neighbours=True)
+    for i in range(0, len(batches), max(len(batches) // 32, 1)):
+        model.train_on_batch(*batches[i])
+    print(watch.stop())
 
 
-SECTIONS = (simulation, chromatic, training, deblending, memory)
+class Watch(threading.Thread):
+    """Looks every half second at the memory of this process and its children."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.largest, self.over = 0, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        process = psutil.Process()
+        while not self.over.wait(0.5):
+            family = [process, *process.children(recursive=True)]
+            self.largest = max(self.largest, sum(map(own_memory, family)))
+
+    def stop(self) -> float:
+        """The largest, in GB."""
+        self.over.set()
+        self.join()
+        return self.largest / 1e9
+
+
+def own_memory(process: psutil.Process) -> int:
+    """Bytes that are not pages of a file; none for a process that has ended."""
+    try:
+        used = process.memory_info()
+    except psutil.NoSuchProcess:
+        return 0
+    return used.rss - used.shared
+
+
+def book() -> dict:
+    """Minutes that the book takes: from a clean clone, again, and after an edit.
+
+    The first makes the environment too, and draws every scene.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        clone = Path(folder) / "clone"
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+        environment = os.environ | {"DEBLENDER_CACHE": str(Path(folder) / "cache")}
+        if (shared := ROOT.parent / "shared").is_dir():
+            (Path(folder) / "shared").symlink_to(shared)
+
+        def build(_: int = 0) -> float:
+            begin = time.perf_counter()
+            subprocess.run(
+                ["make", "book"], cwd=clone, env=environment, check=True, stdout=-3
+            )
+            return (time.perf_counter() - begin) / 60
+
+        found = {"clean": build(), "again": build()}
+        chapter = clone / "book" / "02_normalisation.md"
+        chapter.write_text(chapter.read_text() + "\nOne more sentence.\n")
+        subprocess.run(["make", "sync"], cwd=clone, check=True, stdout=-3)
+        return found | {"prose": build()}
+
+
+SECTIONS = (
+    simulation,
+    chromatic,
+    profile,
+    scaling,
+    training,
+    deblending,
+    memory,
+    book,
+)
 
 
 def main(names: list[str]) -> None:
