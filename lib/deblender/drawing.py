@@ -79,10 +79,13 @@ def _image(
         seen = sum(_waves(*part, grid) for part in parts) * grid.transfer
         waves = np.zeros((len(grid.ky), len(grid.kx)), dtype=seen.dtype)
         waves.ravel()[grid.inside] = seen
-        waves = waves * np.exp(-1j * grid.ky * (y + corner))[:, None]
         # Waves shorter than two pixels look like longer ones: so do they in a camera.
-        # Along y they are added up before the transform, along x dropped after it.
-        waves = waves.reshape(grid.oversampling, grid.side, -1).sum(axis=0)
+        # Along y they are added up before the transform, along x dropped after it. A
+        # block of them is a whole number of turns away, which is one phase for all.
+        blocks = waves.reshape(grid.oversampling, -1)
+        turns = np.exp(-1j * grid.ky[:: grid.side] * (y + corner))
+        waves = (turns @ blocks).reshape(grid.side, -1)
+        waves *= np.exp(-1j * grid.ky[: grid.side] * (y + corner))[:, None]
         waves = fft.ifft(waves, axis=0, overwrite_x=True)[:size]
         rows += waves * np.exp(-1j * grid.kx * (x + corner))
     image = fft.irfft(rows, len(grid.ky), axis=1, overwrite_x=True)
@@ -108,7 +111,8 @@ def _grid(instrument: Instrument, side: int) -> Grid:
     """The waves that an instrument sees, and how much of each."""
     psf, scale = instrument.psf, instrument.pixel_scale
     highest = psf.withGSParams(maxk_threshold=FAINTEST).maxk
-    oversampling = max(round(highest * scale / np.pi), 1)
+    finer = round(highest * scale / np.pi)
+    oversampling = finer + finer % 2 if finer > 1 else 1  # blocks need one or pairs
     n, step = side * oversampling, 2 * np.pi / (side * scale)
     most = min(int(np.ceil(highest / step)), n // 2 - 1)
     kx, ky = step * np.arange(most + 1), step * n * fft.fftfreq(n)
