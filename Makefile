@@ -38,12 +38,13 @@ format: $(READY)  ## mend style where a program can
 	$(BIN)/ruff format benchmarks lib tests tools
 
 BENCH := benchmarks/.venv
+SECTIONS ?=
 
 bench:  ## measure speed and memory beside the peers, in an environment of their own
 	test -x $(BENCH)/bin/pip || $(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.lock
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	$(BENCH)/bin/python benchmarks/bench.py
+	$(BENCH)/bin/python benchmarks/bench.py $(SECTIONS)
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build

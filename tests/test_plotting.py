@@ -116,6 +116,13 @@ FIGURES = {
         [("S/N", data()["snr"], np.geomspace(5, 500, 4))],
         ["width of r", "width of e"],
     ),
+    "rates": lambda: plotting.rates(
+        {"drawing": {"a peer": 3.0, "fast": 40.0}, "fitting": {"another": 2e3}},
+        ours=["fast"],
+    ),
+    "scaling": lambda: plotting.scaling(
+        [1, 2, 4], {label: [10, 19, 30] for label in LABELS}, [1e3, 1e4], [1.0, 1.5]
+    ),
     "posterior": lambda: plotting.posterior(
         STAMPS[:, 0], draws(), draws(), targets=np.zeros((2, 2)), field=2.0
     ),
@@ -143,6 +150,8 @@ def text_of(fig: Figure) -> str:
         ("bias_against_snr", [*LABELS, "S/N", r"\alpha"]),
         ("shear_bias", ["LSST target", "component 2", "$m$ (%)", "$c$"]),
         ("half_widths", [*LABELS, "S/N", "width of r", "width of e"]),
+        ("rates", ["a peer", "40", "per second", "this book"]),
+        ("scaling", [*LABELS, "processes", "memory (GB)", "scenes"]),
         ("posterior", [*LABELS, "|e|", "(mag)"]),
     ],
 )

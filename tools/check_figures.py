@@ -34,6 +34,7 @@ REQUIRED = {
     "06_transfer_learning": ("fig-transfer-bias", "fig-transfer-images"),  # 9 and B1
     "07_peers_and_limits": ("fig-peers-images", "fig-peers", "fig-limit"),
     "08_side_by_side": ("fig-side-by-side", "fig-learning"),
+    "09_speed_and_scale": ("fig-rates", "fig-scaling"),
 }
 
 

@@ -610,6 +610,56 @@ def half_widths(
 
 
 @plt.rc_context(STYLE)
+def rates(tasks: Mapping[str, Mapping[str, float]], ours: Sequence[str]) -> Figure:
+    """Things done in a second, a panel a task and a bar a method, on one log axis.
+
+    Methods in `ours` have the colour of this book, the others are grey.
+    """
+    heights = [len(methods) for methods in tasks.values()]
+    ratios = {"height_ratios": heights}
+    fig, axes = _figure(
+        len(tasks), 1, 1.2 + 0.55 * sum(heights), sharex=True, gridspec_kw=ratios
+    )
+    for ax, (task, methods) in zip(axes[:, 0], tasks.items(), strict=True):
+        colours = [SKY_BLUE if name in ours else "#BBBBBB" for name in methods]
+        bars = ax.barh(list(methods), list(methods.values()), color=colours)
+        ax.bar_label(bars, fmt="{:.3g}", padding=3, fontsize=TICK_SIZE)
+        ax.set_title(task, loc="left")
+        ax.invert_yaxis()
+    values = [rate for methods in tasks.values() for rate in methods.values()]
+    _log_axis(axes[-1, 0], min(values) / 2, max(values) * 4)
+    axes[-1, 0].set_xlabel("per second")
+    handles = [Patch(color=SKY_BLUE), Patch(color="#BBBBBB")]
+    _legend(fig, ["this book", "beside it"], handles)
+    return fig
+
+
+@plt.rc_context(STYLE)
+def scaling(
+    workers: Sequence[int],
+    speeds: Mapping[str, Sequence[float]],
+    scenes: Sequence[int],
+    memory: Sequence[float],
+) -> Figure:
+    """Speed against the number of processes, and memory (GB) against that of scenes.
+
+    `speeds` are things done a second, one value for each number of `workers`; they are
+    shown in units of the first. Dotted, each worker as fast as one alone.
+    """
+    fig, ((left, right),) = _figure(1, 2, 3.4)
+    for label, style in _styles(list(speeds)).items():
+        gain = np.asarray(speeds[label]) / speeds[label][0]
+        left.plot(workers, gain, label=label, **style)
+    left.plot(workers, np.asarray(workers) / workers[0], ":", color="black")
+    left.set(xlabel="processes", ylabel="speed, in that of one", xticks=list(workers))
+    right.plot(scenes, memory, "o-", color=SPARE[0])
+    _log_axis(right, min(scenes) / 1.5, max(scenes) * 1.5)
+    right.set(xlabel="scenes", ylabel="memory (GB)", ylim=(0, 1.2 * max(memory)))
+    _legend(fig, list(speeds), left.get_legend_handles_labels()[0])
+    return fig
+
+
+@plt.rc_context(STYLE)
 def shear_bias(biases: Mapping[str, Table]) -> Figure:
     """Multiplicative and additive shear biases with bootstrap errors (section 4.3).
 
