@@ -9,6 +9,7 @@ from joblib import cpu_count
 from .networks import COPIES
 from .normalisation import NoiseUnits, Normalisation
 from .simulation import Scenes
+from .surveys import per_pixel
 
 BATCH_SIZE = 16
 MOST_WORKERS = 16  # threads that compose batches while the network learns
@@ -101,7 +102,8 @@ class Batches(keras.utils.PyDataset):
         noise = np.stack([self.bank[i : i + size] for i in starts])
         noise *= rng.choice(np.float32([-1, 1]), size=(len(blend), 1))
         noise = noise.reshape(blend.shape)
-        noise *= np.sqrt(np.maximum(blend + self.scenes.survey.sky, 0))
+        sky = per_pixel(self.scenes.survey.sky, blend)
+        noise *= np.sqrt(np.maximum(blend + sky, 0))
         noise += blend
         return noise
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .simulation import Scenes
+from .surveys import per_pixel
 
 BETA = 2.5  # section 2.3
 # The inverse diverges at one; float32 has no number between this and one.
@@ -24,14 +25,15 @@ class Normalisation:
 
     def forward(self, images: np.ndarray) -> np.ndarray:
         """Electrons (..., band) to normalised pixels in (-1, 1), float32."""
-        u = np.asarray(images, np.float32) * (self.beta / self.scale).astype(np.float32)
+        images = np.asarray(images, np.float32)
+        u = images * per_pixel(self.beta / self.scale, images)
         return u / np.sqrt(1 + u * u)  # tanh(arcsinh(u)), without either
 
     def inverse(self, normalised: np.ndarray) -> np.ndarray:
         """Normalised pixels (..., band) to electrons, float32; one is clipped below."""
         y = np.clip(np.asarray(normalised, np.float32), -LARGEST, LARGEST)
         u = y / np.sqrt((1 - y) * (1 + y))
-        return u * (self.scale / self.beta).astype(np.float32)
+        return u * per_pixel(self.scale / self.beta, y)
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ class NoiseUnits:
 
     def forward(self, images: np.ndarray) -> np.ndarray:
         """Electrons (..., band) to units of the noise, float32."""
-        return np.asarray(images, np.float32) / self.scale.astype(np.float32)
+        images = np.asarray(images, np.float32)
+        return images / per_pixel(self.scale, images)
 
     def inverse(self, normalised: np.ndarray) -> np.ndarray:
         """Units of the noise (..., band) to electrons, float32."""
-        return np.asarray(normalised, np.float32) * self.scale.astype(np.float32)
+        normalised = np.asarray(normalised, np.float32)
+        return normalised * per_pixel(self.scale, normalised)
 
 
 def fit_normalisation(scenes: Scenes, beta: float = BETA) -> Normalisation:

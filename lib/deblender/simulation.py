@@ -28,7 +28,7 @@ from tqdm import tqdm
 from .catalogues import SPLITS, Catalogue, cache_folder, catalogue
 from .drawing import draw
 from .measurement import b_closest, b_total, ellipticities, signal_to_noise
-from .surveys import STAMP_SIZE, Survey, survey
+from .surveys import STAMP_SIZE, Survey, per_pixel, survey
 from .workers import spread
 
 if TYPE_CHECKING:
@@ -170,11 +170,16 @@ def add_noise(
     `images` (..., band) and `sky` (band,) in electrons per pixel. Equal generators give
     equal noise to images that hardly differ. Section 2.1.1.
     """
+    sky = per_pixel(sky, images)
     mean = np.maximum(images + sky, 0)  # Fourier ringing may dip below zero
     # One normal number a pixel and its skewness, by Cornish and Fisher: within 1e-3 of
     # the distribution of Poisson (tested), drawn three times faster.
     normal = rng.standard_normal(mean.shape, dtype=np.float32)
-    counts = np.rint(mean + normal * (np.sqrt(mean) + normal / 6) - 1 / 6)
+    counts = np.sqrt(mean)
+    counts += normal / 6
+    counts *= normal
+    counts += mean
+    np.rint(counts - 1 / 6, out=counts)
     few = mean < FEW
     counts[few] = rng.poisson(mean[few])
     return np.subtract(counts, sky, dtype=np.float32)

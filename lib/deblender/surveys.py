@@ -135,6 +135,15 @@ class Survey:
         return images
 
 
+def per_pixel(values: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Values of bands (band,), float32, for each pixel of one of some images.
+
+    `images` (..., y, x, band). NumPy takes several times longer to go through a last
+    axis of six bands again and again than through whole images.
+    """
+    return np.broadcast_to(values.astype(np.float32), images.shape[-3:]).copy()
+
+
 def _instrument(name: str, codex: str, psf_model: str, psf_fwhm: float) -> Instrument:
     pixel_scale = surveycodex.get_survey(codex).pixel_scale.to_value("arcsec")
     return Instrument(name, float(pixel_scale), psf_model, psf_fwhm)
