@@ -61,6 +61,24 @@ def test_other_profiles_are_drawn_too(instrument):
     np.testing.assert_allclose(ours, exact, atol=1e-3 * exact.max())
 
 
+@pytest.mark.parametrize("kind", [galsim.Exponential, galsim.Gaussian])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.dilate(1.3),
+        lambda p: p.expand(1.3),
+        lambda p: p.magnify(0.8),
+        lambda p: p.lens(0.1, -0.05, 1.2).shift(0.2, 0.1),
+        lambda p: galsim.Sum(p.dilate(0.7), 2 * p).expand(1.1) * 3,
+    ],
+)
+def test_changes_of_size_keep_or_change_the_flux_as_in_galsim(kind, change):
+    profile = change(kind(half_light_radius=0.5, flux=2.0))
+    (ours,) = draw([profile], INSTRUMENTS[0])
+    exact = _drawn_by_galsim(profile, INSTRUMENTS[0])
+    np.testing.assert_allclose(ours, exact, atol=1e-3 * exact.max())
+
+
 @pytest.mark.parametrize("instrument", INSTRUMENTS, ids=lambda i: i.name)
 def test_a_gaussian_is_that_of_the_formula(instrument):
     """Of a galaxy much larger than PSF and pixel, the image is the galaxy's own."""

@@ -142,8 +142,9 @@ def _parts(
     """
     if isinstance(profile, galsim.Transformation):
         offset = place + shape @ [profile.offset.x, profile.offset.y]
-        shape, flux = shape @ profile.jac, flux * profile.flux_ratio
-        yield from _parts(profile.original, shape, offset, flux)
+        # GalSim's ratio is one of surface brightness, ours of flux.
+        flux = flux * profile.flux_ratio * abs(np.linalg.det(profile.jac))
+        yield from _parts(profile.original, shape @ profile.jac, offset, flux)
     elif isinstance(profile, galsim.Sum):
         for part in profile.obj_list:
             yield from _parts(part, shape, place, flux)
@@ -158,7 +159,8 @@ def _waves(
     index = _sersic_index(part)
     if index is not None:
         return _curve(index, shape * part.half_light_radius, flux * part.flux, grid)
-    part = galsim.Transform(part, shape.ravel(), flux_ratio=flux)
+    brightness = flux / abs(np.linalg.det(shape))
+    part = galsim.Transform(part, shape.ravel(), flux_ratio=brightness)
     return _by_galsim(part, grid.kx, len(grid.ky)).ravel()[grid.inside]
 
 

@@ -45,7 +45,7 @@ FEW = 50.0  # electrons, below which the shape of Poisson's distribution shows
 CHUNK = 100  # scenes a task draws and writes at a time
 # Unit-flux pixels times this fit the range of float16: relative error below 5e-4.
 STAMP_SCALE = 1024.0
-FORMAT = 5  # of what is cached; raise it when the same call would draw other bits
+FORMAT = 6  # of what is cached; raise it when the same call would draw other bits
 
 
 @dataclass
