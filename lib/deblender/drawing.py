@@ -14,6 +14,7 @@ import numpy as np
 from scipy import fft
 from scipy.interpolate import make_interp_spline
 from scipy.special import gamma, gammaincinv
+from threadpoolctl import ThreadpoolController
 
 from .surveys import STAMP_SIZE, Instrument
 
@@ -33,6 +34,7 @@ CURVE_STEP, CURVE_END = 1 / 2048, 24.0
 # The grid of its Hankel transform, in half-light radii, a power that evens it out, and
 # the least wave number, below which the transform is that of a point.
 RADII, TILT, LEAST = np.geomspace(1e-9, 1e5, 2048), -0.4, 1e-4
+BLAS = ThreadpoolController()  # the libraries of linear algebra of NumPy and SciPy
 
 
 class Grid(NamedTuple):
@@ -64,9 +66,11 @@ def draw(
     """
     images = np.empty((len(profiles), size, size), dtype=np.float32)
     corner = instrument.pixel_scale * (size - 1) / 2  # arcsec, to the centre
-    for image, profile in zip(images, profiles, strict=True):
-        grid = _grid(instrument, _side(profile, instrument, size))
-        image[:] = _image(profile, grid, size, corner)
+    # Products this small lose more by waiting for a second thread than they gain.
+    with BLAS.limit(limits=1, user_api="blas"):
+        for image, profile in zip(images, profiles, strict=True):
+            grid = _grid(instrument, _side(profile, instrument, size))
+            image[:] = _image(profile, grid, size, corner)
     return images
 
 

@@ -28,7 +28,8 @@ def spread(
         return
     from distributed import as_completed
 
-    (everywhere,) = client.scatter([shared], broadcast=True, hash=False)
+    # Made by a task, and not scattered: Dask makes it again if who held it is lost.
+    everywhere = client.submit(_itself, shared, pure=False)
     futures = client.map(
         lambda piece, of: function(of, piece), pieces, of=everywhere, pure=False
     )
@@ -36,3 +37,7 @@ def spread(
     del futures  # so that a result leaves the cluster once it was handed out
     for _, result in waiting:
         yield result
+
+
+def _itself(shared: Any) -> Any:
+    return shared
