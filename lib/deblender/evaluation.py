@@ -83,7 +83,7 @@ def shear_samples(
     """
     plain = simulate(catalogue, survey, n_scenes, seed=seed)
     counted = np.flatnonzero(in_snr_range(plain.truth["snr"]))
-    plain = plain.take(counted)
+    r_mag = plain.truth["r_mag"][counted]
     tables: dict[str, dict] = {"target": {}} | {name: {} for name in networks}
     for sign in SHEARS:
         shear = (sign[0] * gamma, sign[1] * gamma)
@@ -98,7 +98,7 @@ def shear_samples(
                 parts[name].append(measure(image, network.survey))
         for name in tables:
             tables[name][shear] = vstack(parts[name])
-            tables[name][shear]["r_mag"] = plain.truth["r_mag"]
+            tables[name][shear]["r_mag"] = r_mag
     return tables
 
 
