@@ -89,6 +89,19 @@ def test_bad_stamps_are_refused(network, noisy):
         network.deblend(np.where(noisy > 500, np.nan, noisy))
     with pytest.raises(ValueError, match="survey 'lsst' accepts"):
         network.deblend(noisy[..., :5])
+    with pytest.raises(ValueError, match="no stamps; accepted: one or more"):
+        network.deblend(noisy[:0])
+
+
+@pytest.mark.parametrize("name", ["lsst", "lsst-paper"])
+def test_a_stamp_is_deblended_alike_alone_and_among_others(name):
+    rng, n = np.random.default_rng(2), 2 * weights.BATCH + 5
+    noisy = rng.normal(0, 250, (n, 64, 64, 6)).astype(np.float32)
+    among = deblender.load(name).deblend(noisy)
+    for few in (slice(0, 1), slice(40, 60), slice(n - 5, n)):
+        alone = deblender.load(name).deblend(noisy[few])  # compiles for them
+        np.testing.assert_array_equal(alone.latent_mean, among.latent_mean[few])
+        np.testing.assert_array_equal(alone.image, among.image[few])
 
 
 def test_samples_scatter_around_the_mean(network, noisy):

@@ -15,7 +15,6 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as dump_safetensors
 
 from . import linear, networks
-from .batches import fill_up
 from .files import data_folder, write_whole
 from .normalisation import NoiseUnits, Normalisation
 from .surveys import Survey, survey
@@ -29,8 +28,8 @@ ARCHITECTURES = ("paper", "linear")
 CARD = "card.json"
 # Biases and batch statistics are few and need the range; all else is kept in half.
 HALF_FROM = 2000  # elements
-BATCH = 96  # stamps through a network at a time; divides by 2, 3, 4, 6, 8 devices
-PIECE = 10 * BATCH  # stamps a worker takes; whole batches, so that bits do not change
+BATCH = 48  # stamps through a network at a time; divides by 2, 3, 4, 6, 8 devices
+PIECE = 20 * BATCH  # stamps a worker takes; whole batches, so that bits do not change
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,10 @@ class Network:
 
         `noisy` (scene, y, x, band) in electrons, sky-subtracted. The image is the
         decoded latent mean; with `n_samples`, that many decoded draws come with it. The
-        workers of a Dask `client` take PIECE stamps at a time.
+        workers of a Dask `client` take PIECE stamps at a time. What is said of a stamp
+        does not depend on which others come with it.
 
-        Raises ValueError for stamps of another shape or survey, or with NaN.
+        Raises ValueError for no stamps, for another shape or survey, or for NaN.
         """
         if self.deblender is None:
             raise ValueError("this network holds a VAE only; train a deblender on it")
@@ -126,15 +126,18 @@ class Network:
         client: "Client | None",
     ) -> Result:
         noisy = self.survey.check_images(noisy)
+        if not len(noisy):
+            raise ValueError("received no stamps; accepted: one or more")
         shape = (n_samples, len(noisy), self.decoder.input_shape[-1])
         draws = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-        if client is None:
-            return _apply((self, part), (0, noisy, draws))[1]
         pieces = [
             (start, noisy[start : start + PIECE], draws[:, start : start + PIECE])
             for start in range(0, len(noisy), PIECE)
         ]
-        results = dict(spread(_apply, (self, part), pieces, client))
+        if client is None:
+            results = dict(_apply((self, part), piece) for piece in pieces)
+        else:
+            results = dict(spread(_apply, (self, part), pieces, client))
         return _join([results[start] for start, *_ in pieces])
 
     def __getstate__(self) -> dict:
@@ -182,8 +185,13 @@ def _join(results: list[Result]) -> Result:
 
 
 def _predict(model: keras.Model, values: np.ndarray):
-    """Output of a model, or list of outputs, for few values at a time."""
-    output = model.predict(fill_up(values), batch_size=BATCH, verbose=0)
+    """Output of a model, or list of outputs, for few values at a time.
+
+    All batches are whole, the last with values that stand in: for a first batch of
+    another size TensorFlow would compile another program, with other last bits.
+    """
+    whole = (len(values) + -len(values) % BATCH, *values.shape[1:])
+    output = model.predict(np.resize(values, whole), batch_size=BATCH, verbose=0)
     return keras.tree.map_structure(lambda array: array[: len(values)], output)
 
 
