@@ -53,6 +53,14 @@ def test_a_network_goes_on_from_another(out, tmp_path):
         np.testing.assert_array_equal(new, old)  # the components are those of the start
 
 
+def test_a_network_goes_on_against_bias_alone(out, tmp_path):
+    more = ["--start", str(out / "lsst"), "--calibration", "2", "--epochs", "0"]
+    main(["lsst", "--out", str(tmp_path), *TINY, *more])
+    card = deblender.load("lsst", folder=tmp_path).card
+    assert card["images_seen"] == {"vae": 0, "deblender": 0, "calibration": 16}
+    assert "deblender" not in card
+
+
 def test_transfer_from_the_book_keeps_its_own_copy_of_the_prior(tmp_path):
     name = "lsst+euclid-realistic"
     main([name, "--out", str(tmp_path), *TINY])

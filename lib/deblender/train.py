@@ -96,7 +96,8 @@ def train(
     of, n = survey(recipe.survey), (sizes.n_train, sizes.n_validation, sizes.epochs)
     rest = {"centring": recipe.centring, "seed": seed, "folder": folder}
     if not recipe.paper:
-        rate = LINEAR_RATE / 2 if start else LINEAR_RATE
+        # Half the rate spares what is known; bias is taught at a fraction anyway.
+        rate = LINEAR_RATE / 2 if start and sizes.epochs else LINEAR_RATE
         rest |= {"start": start, "components": recipe.components}
         rest |= {"calibration": sizes.calibration}
         return train_linear(galaxies, of, *n, learning_rate=rate, **rest)
@@ -188,7 +189,10 @@ def _sizes(args: argparse.Namespace) -> Sizes:
     sizes = sizes_of(args.profile) if args.profile else Sizes()
     given = {name: getattr(args, name) for name in vars(sizes)}
     given = {name: value for name, value in given.items() if value is not None}
-    if any(value < 1 for value in given.values()):
+    # What was trained before may go on against bias alone.
+    alone = args.calibration and (args.start or RECIPES[args.name].start)
+    least = {"epochs": 0 if alone else 1}
+    if any(value < least.get(name, 1) for name, value in given.items()):
         raise ValueError(f"received {given}; accepted: 1 or more of each")
     return replace(sizes, **given)
 

@@ -202,10 +202,10 @@ def train_linear(
     The encoder first learns mean and width of each latent number by their likelihood;
     a mean of what is possible is rounder and more usual than the truth, and the last
     epochs take out that bias (`calibration_loss`): `calibration` of them, or one for
-    every twelve of the likelihood. `start`, a linear network of the same survey, gives
-    the components and the first weights; without it, they are those of galaxies of the
-    centring `components`. `"peak"` serves networks of any centring, `"exact"` draws
-    centred galaxies with fewer.
+    every twelve of the likelihood. With no `epochs` they are all there is. `start`, a
+    linear network of the same survey, gives the components and the first weights;
+    without it, they are those of galaxies of the centring `components`. `"peak"` serves
+    networks of any centring, `"exact"` draws centred galaxies with fewer.
     """
     train = simulate(catalogue, survey, n_train, 4, centring, seed, "train")
     watched = simulate(catalogue, survey, n_validation, 4, centring, seed, "validation")
@@ -227,16 +227,16 @@ def train_linear(
         "catalogue": _describe(catalogue),
         "seed": seed,
         "batch_size": LINEAR_BATCH_SIZE,
-        "images_seen": {"vae": 0},
+        "images_seen": {"vae": 0, "deblender": 0},
     }
     if start is not None:
         card["start"] = _origin(start)
     few = calibration or -(-epochs // CALIBRATION)
-    gentle = learning_rate * GENTLY
-    for stage, kind, loss, n, rate in (
+    stages = (
         ("deblender", EncoderBatches, latent_likelihood, epochs, learning_rate),
-        ("calibration", RepeatedBatches, calibration_loss, few, gentle),
-    ):
+        ("calibration", RepeatedBatches, calibration_loss, few, learning_rate * GENTLY),
+    )
+    for stage, kind, loss, n, rate in stages if epochs else stages[1:]:
         batches = pairs(kind, train, swap_neighbours=centring == "exact")
         watch_over = pairs(kind, watched, augment=False)
         place = folder and folder / stage
