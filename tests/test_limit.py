@@ -34,7 +34,8 @@ def test_gradients_are_those_of_a_gaussian():
     sigma, scale = 2.0, 0.2
     profile = galsim.Gaussian(sigma=sigma)
     instrument = deblender.survey("lsst").bands[0].instrument
-    images = limit.draw(limit._varied(profile, 0.0, 0.0), instrument).astype(float)
+    (images,) = limit.draw(limit._varied(profile, 0.0, 0.0), [instrument])
+    images = images.astype(float)
     slopes = (images[::2] - images[1::2]) / (2 * limit.STEPS[:, None, None])
     grid = (np.arange(64) - 31.5) * scale  # arcsec
     x, y = np.meshgrid(grid, grid)

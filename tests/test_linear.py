@@ -172,8 +172,10 @@ def test_cameras_are_laid_on_one_grid():
     galaxy = galsim.Gaussian(sigma=0.6).shift(0.7, -0.4)
     stamp = np.zeros((1, *survey.shape), "f4")
     for k, camera in enumerate(survey.instruments):
-        (image,) = draw([galaxy], camera) / camera.pixel_scale**2  # of brightness
-        stamp[..., survey.instrument_of_band == k] = image[..., None]
+        ((image,),) = draw([galaxy], [camera])
+        stamp[..., survey.instrument_of_band == k] = (
+            image[..., None] / camera.pixel_scale**2  # of brightness
+        )
     source = keras.Input(survey.shape)
     align = keras.Model(source, linear._align(source, survey))
     aligned = keras.ops.convert_to_numpy(align(stamp))[0]  # (y, x, channel)

@@ -5,8 +5,9 @@ curves of one variable. A galaxy costs a look at its curve for each wave of half
 plane, a product, and one inverse FFT.
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 import galsim
@@ -18,14 +19,15 @@ from threadpoolctl import ThreadpoolController
 
 from .surveys import STAMP_SIZE, Instrument
 
-# Sides of grids that are transformed fast, in pixels.
-GRIDS = tuple(side << doublings for doublings in range(4) for side in (64, 80, 96))
-# The image repeats with the period of the grid, in which these times pi / stepk, the
-# radius of nearly all the light as GalSim puts it, must find room, for a galaxy with
-# so much of the stamp. Then images are within 1e-3 of the peak and of the flux of those
-# of GalSim (tested).
-GALAXY_ROOM, STAMP_ROOM, PSF_ROOM = 1.2, 0.6, 5.0
-SMALLEST_PERIOD = 9.6  # arcsec, which leaves room for a neighbour
+# Sides of patches that are transformed fast, in pixels.
+SIDES = tuple(
+    side << doublings for doublings in range(5) for side in (32, 36, 40, 44, 48, 56)
+)
+# Light leaves room on one side of a patch, and on the other as far as the image goes:
+# so many times pi / stepk, the radius of nearly all of it as GalSim puts it, of galaxy
+# and PSF, added in quadrature. Then images are within 1e-3 of the peak and of the flux
+# of those of GalSim (tested).
+GALAXY_ROOM, PSF_ROOM = 1.2, 2.5
 FAINTEST = 3e-3  # of the transform of a PSF, relative to its centre
 DARKEST = 4e-4  # the same of PSF and pixel, below which a wave is left out
 # The curve of a Sérsic profile is kept at even steps of the square root of the wave
@@ -47,6 +49,7 @@ class Grid(NamedTuple):
     """
 
     side: int  # of the image, in pixels
+    scale: float  # of a pixel, in arcsec
     oversampling: int  # which makes room for waves shorter than two pixels
     kx: np.ndarray
     ky: np.ndarray
@@ -56,52 +59,80 @@ class Grid(NamedTuple):
 
 
 def draw(
-    profiles: list[galsim.GSObject], instrument: Instrument, size: int = STAMP_SIZE
-) -> np.ndarray:
-    """Images of galaxies through PSF and pixels of an instrument, each drawn alone.
+    profiles: list[galsim.GSObject],
+    instruments: Sequence[Instrument],
+    size: int = STAMP_SIZE,
+) -> list[np.ndarray]:
+    """Images of galaxies through PSF and pixels of instruments, each drawn alone.
 
     `profiles` are galaxies before the PSF, placed relative to the centre of the image.
-    Returns float32 (galaxy, y, x), in the units of their fluxes. A galaxy whose light
-    exceeds the largest of GRIDS loses a little of it to the other side.
+    Returns float32 (galaxy, y, x) for each instrument, in the units of their fluxes. A
+    galaxy is drawn on a patch around it, outside of which it has no light; what exceeds
+    the largest of SIDES comes back on the other side of the patch.
     """
-    images = np.empty((len(profiles), size, size), dtype=np.float32)
-    corner = instrument.pixel_scale * (size - 1) / 2  # arcsec, to the centre
+    drawn = [np.zeros((len(profiles), size, size), np.float32) for _ in instruments]
     # Products this small lose more by waiting for a second thread than they gain.
     with BLAS.limit(limits=1, user_api="blas"):
-        for image, profile in zip(images, profiles, strict=True):
-            grid = _grid(instrument, _side(profile, instrument, size))
-            image[:] = _image(profile, grid, size, corner)
-    return images
+        for k, profile in enumerate(profiles):
+            radius = np.pi / profile.stepk  # from the centre of the image
+            for place, parts in _places(profile).items():
+                for images, instrument in zip(drawn, instruments, strict=True):
+                    _add(images[k], place, parts, radius, instrument)
+    return drawn
 
 
-def _image(
-    profile: galsim.GSObject, grid: Grid, size: int, corner: float
-) -> np.ndarray:
-    """The first pixels, (y, x), of a periodic image, so far left of and below zero."""
-    rows = np.zeros((size, len(grid.kx)), dtype=np.complex64)  # (y, kx)
-    for (x, y), parts in _places(profile).items():
-        seen = sum(_waves(*part, grid) for part in parts) * grid.transfer
-        waves = np.zeros((len(grid.ky), len(grid.kx)), dtype=seen.dtype)
-        waves.ravel()[grid.inside] = seen
-        # Waves shorter than two pixels look like longer ones: so do they in a camera.
-        # Along y they are added up before the transform, along x dropped after it. A
-        # block of them is a whole number of turns away, which is one phase for all.
+def _add(
+    image: np.ndarray,
+    place: tuple[float, float],
+    parts: list[tuple],
+    radius: float,
+    instrument: Instrument,
+) -> None:
+    """Add parts of a galaxy to an image (y, x), in place.
+
+    `place` and `radius`, from the centre of the image to where all light ends, in
+    arcsec.
+    """
+    far, scale, size = math.hypot(*place), instrument.pixel_scale, len(image)
+    room = math.hypot(GALAXY_ROOM * (radius - far), _spread(instrument)) / scale
+    least = room + min(room, far / scale + size / 2)  # pixels
+    side = next((side for side in SIDES if side >= least), SIDES[-1])
+    grid = _grid(instrument, side)
+    (columns, x), (rows, y) = (_overlap(at, size, room, grid) for at in place)
+    if not image[rows, columns].size:
+        return
+    seen = reduce(np.add, (_waves(*part, grid) for part in parts))
+    seen *= grid.transfer
+    waves = np.zeros((len(grid.ky), len(grid.kx)), dtype=seen.dtype)
+    waves.ravel()[grid.inside] = seen
+    # Waves shorter than two pixels look like longer ones: so do they in a camera.
+    # Along y they are added up before the transform, along x dropped after it. A block
+    # of them is a whole number of turns away, which is one phase for all.
+    if grid.oversampling > 1:
         blocks = waves.reshape(grid.oversampling, -1)
-        turns = np.exp(-1j * grid.ky[:: grid.side] * (y + corner))
-        waves = (turns @ blocks).reshape(grid.side, -1)
-        waves *= np.exp(-1j * grid.ky[: grid.side] * (y + corner))[:, None]
-        waves = fft.ifft(waves, axis=0, overwrite_x=True)[:size]
-        rows += waves * np.exp(-1j * grid.kx * (x + corner))
-    image = fft.irfft(rows, len(grid.ky), axis=1, overwrite_x=True)
-    return image[:, : size * grid.oversampling : grid.oversampling]
+        waves = np.exp(-1j * grid.ky[:: grid.side] * y) @ blocks
+        waves = waves.reshape(grid.side, -1)
+    waves = waves * np.exp(-1j * grid.ky[: grid.side] * y)[:, None]
+    waves = fft.ifft(waves, axis=0, overwrite_x=True)[: rows.stop - rows.start]
+    waves *= np.exp(-1j * grid.kx * x)
+    patch = fft.irfft(waves, len(grid.ky), axis=1, overwrite_x=True)
+    n = (columns.stop - columns.start) * grid.oversampling
+    image[rows, columns] += patch[:, : n : grid.oversampling]
 
 
-def _side(profile: galsim.GSObject, instrument: Instrument, size: int) -> int:
-    """Side of the smallest grid that holds the light, in pixels."""
-    scale = instrument.pixel_scale
-    room = np.pi * GALAXY_ROOM / profile.stepk + STAMP_ROOM * size * scale
-    least = max(room, _spread(instrument), SMALLEST_PERIOD) / scale
-    return next((n for n in GRIDS if n >= max(size, least)), GRIDS[-1])
+def _overlap(place: float, size: int, room: float, grid: Grid) -> tuple[slice, float]:
+    """Pixels of an image that the patch of a galaxy covers, along one axis.
+
+    The patch is around the galaxy, or to one side of it, where it has `room` pixels of
+    light to show there and less to show on the other. Also returns how far the place is
+    from the first of the pixels, in arcsec.
+    """
+    at = place / grid.scale + (size - 1) / 2  # pixels from the first of the image
+    first, last = at - room, at + room  # of the light
+    start = max(round(at) - grid.side // 2, math.ceil(min(last, size)) - grid.side)
+    start = min(start, math.floor(max(first, 0)))
+    inside = slice(max(start, 0), max(min(start + grid.side, size), 0))
+    return inside, (at - inside.start) * grid.scale
 
 
 @lru_cache(maxsize=16)
@@ -126,7 +157,7 @@ def _grid(instrument: Instrument, side: int) -> Grid:
     y, x = np.divmod(inside, most + 1)
     squares = np.stack([kx[x] ** 2, kx[x] * ky[y], ky[y] ** 2])
     transfer = seen.ravel()[inside] * oversampling
-    return Grid(side, oversampling, kx, ky, inside, transfer, squares)
+    return Grid(side, scale, oversampling, kx, ky, inside, transfer, squares)
 
 
 def _places(profile: galsim.GSObject) -> dict[tuple[float, float], list[tuple]]:
@@ -147,13 +178,19 @@ def _parts(
     if isinstance(profile, galsim.Transformation):
         offset = place + shape @ [profile.offset.x, profile.offset.y]
         # GalSim's ratio is one of surface brightness, ours of flux.
-        flux = flux * profile.flux_ratio * abs(np.linalg.det(profile.jac))
+        flux = flux * profile.flux_ratio * _area(profile.jac)
         yield from _parts(profile.original, shape @ profile.jac, offset, flux)
     elif isinstance(profile, galsim.Sum):
         for part in profile.obj_list:
             yield from _parts(part, shape, place, flux)
     else:
         yield profile, shape, place, flux
+
+
+def _area(shape: np.ndarray) -> float:
+    """How many times larger a matrix makes an area; faster than `np.linalg.det`."""
+    (a, b), (c, d) = shape.tolist()
+    return abs(a * d - b * c)
 
 
 def _waves(
@@ -163,7 +200,7 @@ def _waves(
     index = _sersic_index(part)
     if index is not None:
         return _curve(index, shape * part.half_light_radius, flux * part.flux, grid)
-    brightness = flux / abs(np.linalg.det(shape))
+    brightness = flux / _area(shape)
     part = galsim.Transform(part, shape.ravel(), flux_ratio=brightness)
     return _by_galsim(part, grid.kx, len(grid.ky)).ravel()[grid.inside]
 
@@ -185,7 +222,9 @@ def _curve(index: float, shape: np.ndarray, flux: float, grid: Grid) -> np.ndarr
     lengths = np.array([xx, 2 * xy, yy], dtype=np.float32) @ grid.squares
     np.abs(lengths, out=lengths)  # rounding
     steps = np.sqrt(np.sqrt(lengths, out=lengths), out=lengths).astype(np.int32)
-    return _sersic(index).take(steps, mode="clip") * np.float32(flux)
+    curve = _sersic(index).take(steps, mode="clip")
+    curve *= np.float32(flux)
+    return curve
 
 
 @lru_cache(maxsize=256)

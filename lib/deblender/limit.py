@@ -69,8 +69,8 @@ def _differentiate(scenes: Scenes, galaxies: Catalogue, i: int) -> list[_Galaxy]
         profile = galaxies.profile(row).rotate(angle * galsim.radians)
         varied = [profile.shift(dx, dy), *_varied(profile, dx, dy)]
         galaxy = _Galaxy([], [], scenes.flux[scenes.first[i] + k])
-        for instrument in scenes.survey.instruments:
-            images = draw(varied, instrument).astype(float)
+        for images in draw(varied, scenes.survey.instruments):
+            images = images.astype(float)
             slopes = (images[1::2] - images[2::2]) / (2 * STEPS[:, None, None])
             galaxy.image.append(images[0])
             galaxy.gradient.append(slopes)
