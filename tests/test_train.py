@@ -39,6 +39,7 @@ def test_decentred_network_starts_from_the_one_trained_here(out):
     assert card["centring"] == "pixel"
     assert card["start"]["card"]["command"] == ours["command"]
     assert card["parts"]["decoder"]["file"] == "../lsst/decoder.safetensors"
+    assert deblender.load("lsst-pixel", folder=out).trainings == [card]  # of its kind
 
 
 def test_a_network_goes_on_from_another(out, tmp_path):
@@ -47,6 +48,8 @@ def test_a_network_goes_on_from_another(out, tmp_path):
     first, second = (deblender.load("lsst", folder=f) for f in (out, tmp_path))
     assert second.card["images_seen"] == {"vae": 0, "deblender": 8, "calibration": 16}
     assert second.card["start"]["card"] == first.card
+    assert second.trainings == [first.card, second.card]
+    assert second.images_seen == {"vae": 0, "deblender": 16, "calibration": 24}
     for old, new in zip(
         first.decoder.get_weights(), second.decoder.get_weights(), strict=True
     ):

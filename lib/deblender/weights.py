@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PARTS = ("decoder", "encoder", "deblender")  # `encoder` is that of the VAE
 ARCHITECTURES = ("paper", "linear")
 CARD = "card.json"
+ALIKE = ("survey", "centring", "architecture", "catalogue")  # of trainings in a row
 # Biases and batch statistics are few and need the range; all else is kept in half.
 HALF_FROM = 2000  # elements
 BATCH = 48  # stamps through a network at a time; divides by 2, 3, 4, 6, 8 devices
@@ -69,9 +70,28 @@ class Network:
         return ARCHITECTURES[isinstance(self.normalisation, NoiseUnits)]
 
     @property
+    def trainings(self) -> list[dict]:
+        """Cards of the trainings that made it, the last its own.
+
+        Each began from the one before. What the first began from, if anything, was for
+        another survey or centring, or knew other galaxies.
+        """
+        own = _card(self, {})
+        cards = [self.card]
+        while before := cards[0].get("start", {}).get("card"):
+            if any(before.get(name) != own.get(name) for name in ALIKE):
+                break
+            cards.insert(0, before)
+        return cards
+
+    @property
     def images_seen(self) -> dict[str, int]:
-        """Training images seen by the VAE, if there is one, and by the deblender."""
-        return self.card["images_seen"]
+        """Images seen in each stage of all its trainings."""
+        stages = [stage for card in self.trainings for stage in card["images_seen"]]
+        return {
+            stage: sum(card["images_seen"].get(stage, 0) for card in self.trainings)
+            for stage in stages
+        }
 
     def deblend(
         self,
