@@ -83,3 +83,16 @@ def test_only_keras_is_used():
             assert not [
                 n for n in names if n.split(".")[0] in ("tensorflow", "tf_keras")
             ]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_prelu_is_that_of_keras(shared):
+    x = keras.random.normal((2, 4, 4, 3), seed=1)
+    ours = networks.activate(keras.Input((4, 4, 3)), shared)  # of a graph
+    layer = ours._keras_history.operation
+    theirs = keras.layers.PReLU(shared_axes=(1, 2) if shared else None)
+    theirs.build(x.shape)
+    slopes = keras.random.normal(layer.alpha.shape, seed=2)
+    layer.alpha.assign(slopes), theirs.alpha.assign(slopes)
+    found, expected = (keras.ops.convert_to_numpy(f(x)) for f in (layer, theirs))
+    np.testing.assert_array_equal(found, expected)
