@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import pstats
+import re
 import subprocess
 import sys
 import tempfile
@@ -425,6 +426,20 @@ SECTIONS = (
 )
 
 
+def machine() -> dict[str, str | int]:
+    """What the results were measured on, and with which versions."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    model = re.search(r"model name\s*: (.*)", text)
+    packages = ("blending_toolkit", "galsim", "keras", "scarlet2", "sep")
+    return {
+        "cores": os.cpu_count(),
+        "processor": model[1] if model else platform.machine(),
+        "matrix units": "AMX" if "amx_bf16" in text else "none",
+        "python": platform.python_version(),
+    } | {package: version(package) for package in packages}
+
+
 def main(names: list[str]) -> None:
     """Measure the named sections, or all, and keep what earlier runs measured."""
     known = {section.__name__: section for section in SECTIONS}
@@ -433,14 +448,7 @@ def main(names: list[str]) -> None:
     file = ROOT / "build" / "metrics" / "bench.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(file.read_text()) if file.is_file() else {}
-    results["machine"] = {
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-    } | {
-        p: version(p)
-        for p in ("blending_toolkit", "galsim", "keras", "scarlet2", "sep")
-    }
+    results["machine"] = machine()
     with tempfile.TemporaryDirectory() as cache:
         deblender.catalogue("synthetic")  # drawn before the clock starts
         for drawn in cache_folder().glob("synthetic-*"):
