@@ -435,7 +435,7 @@ def machine() -> dict[str, str | int]:
     return {
         "cores": os.cpu_count(),
         "processor": model[1] if model else platform.machine(),
-        "matrix units": "AMX" if "amx_bf16" in text else "none",
+        "matrix units": "AMX" if "amx_bf16" in text else "none known",
         "python": platform.python_version(),
     } | {package: version(package) for package in packages}
 

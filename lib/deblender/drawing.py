@@ -23,7 +23,7 @@ from .surveys import STAMP_SIZE, Instrument
 SIDES = tuple(
     side << doublings for doublings in range(5) for side in (32, 36, 40, 44, 48, 56)
 )
-# Light leaves room on one side of a patch, and on the other as far as the image goes:
+# A patch has room for the light on one side, and on the other as far as the image goes:
 # so many times pi / stepk, the radius of nearly all of it as GalSim puts it, of galaxy
 # and PSF, added in quadrature. Then images are within 1e-3 of the peak and of the flux
 # of those of GalSim (tested).
@@ -48,7 +48,7 @@ class Grid(NamedTuple):
     their kx^2, kx ky and ky^2.
     """
 
-    side: int  # of the image, in pixels
+    side: int  # of the patch, in pixels
     scale: float  # of a pixel, in arcsec
     oversampling: int  # which makes room for waves shorter than two pixels
     kx: np.ndarray
@@ -141,7 +141,7 @@ def _spread(instrument: Instrument) -> float:
     return np.pi * PSF_ROOM / instrument.psf.stepk
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=128)
 def _grid(instrument: Instrument, side: int) -> Grid:
     """The waves that an instrument sees, and how much of each."""
     psf, scale = instrument.psf, instrument.pixel_scale

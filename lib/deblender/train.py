@@ -193,7 +193,10 @@ def _sizes(args: argparse.Namespace) -> Sizes:
     alone = args.calibration and (args.start or RECIPES[args.name].start)
     least = {"epochs": 0 if alone else 1}
     if any(value < least.get(name, 1) for name, value in given.items()):
-        raise ValueError(f"received {given}; accepted: 1 or more of each")
+        raise ValueError(
+            f"received {given}; accepted: 1 or more of each, or 0 epochs with "
+            "--calibration and a network to begin with"
+        )
     return replace(sizes, **given)
 
 

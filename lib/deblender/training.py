@@ -174,7 +174,7 @@ def train_deblender(
         learning_rate,
         folder=folder and folder / "deblender",
     )
-    seen = prior.images_seen | {"deblender": history.images_seen}
+    seen = prior.card["images_seen"] | {"deblender": history.images_seen}
     card = prior.card | {
         "images_seen": seen,
         "deblender": _summary(history, n_train, epochs, learning_rate)
@@ -290,7 +290,8 @@ def _begin(
 
 
 def _origin(start: Network) -> dict:
-    return {"survey": start.survey.name, "card": start.card}
+    kind = {"survey": start.survey.name, "architecture": start.architecture}
+    return {"survey": start.survey.name, "card": start.card | kind}
 
 
 def _describe(catalogue: Catalogue) -> dict[str, str | bool]:

@@ -73,8 +73,8 @@ class Network:
     def trainings(self) -> list[dict]:
         """Cards of the trainings that made it, the last its own.
 
-        Each began from the one before. What the first began from, if anything, was for
-        another survey or centring, or knew other galaxies.
+        Each began from the one before. What the first began from, if anything, was of
+        another kind (see ALIKE), or a warm start.
         """
         own = _card(self, {})
         cards = [self.card]
@@ -104,8 +104,8 @@ class Network:
 
         `noisy` (scene, y, x, band) in electrons, sky-subtracted. The image is the
         decoded latent mean; with `n_samples`, that many decoded draws come with it. The
-        workers of a Dask `client` take PIECE stamps at a time. What is said of a stamp
-        does not depend on which others come with it.
+        workers of a Dask `client` take PIECE stamps at a time. Image, mean and width
+        of a stamp do not depend on which others come with it.
 
         Raises ValueError for no stamps, for another shape or survey, or for NaN.
         """
