@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -483,7 +484,9 @@ def _measure_truth(scenes: Scenes, closest: np.ndarray) -> None:
     neighbour = galaxies[(first + closest)[blended]]
     table["b_closest"] = np.zeros(len(table))
     table["b_closest"][blended] = b_closest(target[blended], neighbour)
-    table["b_total"] = b_total(target, np.add.reduceat(galaxies, first))
+    # Slices are added up several times faster than by `np.add.reduceat`.
+    whole = [galaxies[a:b].sum(axis=0) for a, b in pairwise(scenes.first)]
+    table["b_total"] = b_total(target, np.array(whole))
 
 
 def _closest(scene: _Scene) -> int:
