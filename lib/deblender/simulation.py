@@ -46,7 +46,7 @@ FEW = 50.0  # electrons, below which the shape of Poisson's distribution shows
 CHUNK = 100  # scenes a task draws and writes at a time
 # Unit-flux pixels times this fit the range of float16: relative error below 5e-4.
 STAMP_SCALE = 1024.0
-FORMAT = 7  # of what is cached; raise it when the same call would draw other bits
+FORMAT = 8  # of what is cached; raise it when the same call would draw other bits
 
 
 @dataclass
@@ -558,7 +558,7 @@ def _keep_chunk(
         stored[first : first + len(values)] = values
         stored.flush()
     scratch = _chunk(folder, start).with_suffix(".scratch.npz")
-    np.savez(scratch, flux=flux, **{name: truth[name] for name in truth.colnames})
+    np.savez(scratch, flux=flux, truth=truth.as_array())
     os.replace(scratch, _chunk(folder, start))
     return len(truth)
 
@@ -580,9 +580,8 @@ def _merge(folder: Path, starts: range) -> None:
 
 
 def _open(folder: Path, survey: Survey, task: _Task) -> Scenes:
-    columns = dict(np.load(folder / "truth.npz"))
-    flux = columns.pop("flux")
-    truth = Table(columns)
+    with np.load(folder / "truth.npz") as kept:
+        flux, truth = kept["flux"], Table(kept["truth"])
     for name in ("r_mag", "dmag"):
         truth[name].unit = u.mag
     for name in ("dx", "dy", "neighbour_dx", "neighbour_dy"):
