@@ -609,6 +609,11 @@ def half_widths(
     return fig
 
 
+def _three_digits(number: float) -> str:
+    """A number of about three digits, without an exponent."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 @plt.rc_context(STYLE)
 def rates(tasks: Mapping[str, Mapping[str, float]], ours: Sequence[str]) -> Figure:
     """Things done in a second, a panel a task and a bar a method, on one log axis.
@@ -623,7 +628,7 @@ def rates(tasks: Mapping[str, Mapping[str, float]], ours: Sequence[str]) -> Figu
     for ax, (task, methods) in zip(axes[:, 0], tasks.items(), strict=True):
         colours = [SKY_BLUE if name in ours else "#BBBBBB" for name in methods]
         bars = ax.barh(list(methods), list(methods.values()), color=colours)
-        ax.bar_label(bars, fmt="{:.3g}", padding=3, fontsize=TICK_SIZE)
+        ax.bar_label(bars, fmt=_three_digits, padding=3, fontsize=TICK_SIZE)
         ax.set_title(task, loc="left")
         ax.invert_yaxis()
     values = [rate for methods in tasks.values() for rate in methods.values()]
