@@ -87,11 +87,11 @@ class Network:
     @property
     def images_seen(self) -> dict[str, int]:
         """Images seen in each stage of all its trainings."""
-        stages = [stage for card in self.trainings for stage in card["images_seen"]]
-        return {
-            stage: sum(card["images_seen"].get(stage, 0) for card in self.trainings)
-            for stage in stages
-        }
+        total: dict[str, int] = {}
+        for card in self.trainings:
+            for stage, images in card["images_seen"].items():
+                total[stage] = total.get(stage, 0) + images
+        return total
 
     def deblend(
         self,
