@@ -8,6 +8,7 @@ from deblender.comparison import (
     SNR_BINS,
     Interval,
     intervals,
+    lengthening,
     relative_shear_biases,
     statistics,
 )
@@ -63,6 +64,23 @@ def test_failed_measurements_are_left_out_and_few_give_nan(table):
     failed["de"][::2] = np.nan
     assert np.isfinite(statistics(failed)["median_de"])
     assert np.isnan(statistics(table[:5])["median_de"])
+
+
+def test_scatter_lengthens_round_galaxies_as_rayleigh_says(table):
+    rng, noisy = np.random.default_rng(4), table.copy()
+    for component in ("e1", "e2"):
+        noisy[f"{component}_in"] = 0.0
+        noisy[f"{component}_out"] = rng.normal(0, SCATTER, len(table))
+    expected = SCATTER * np.sqrt(2 * np.log(2))  # median of a Rayleigh distribution
+    assert lengthening(noisy, rng) == pytest.approx(expected, rel=0.03)
+
+
+def test_no_scatter_lengthens_nothing_whatever_the_mean_error(table):
+    shifted = table.copy()
+    for component in ("e1", "e2"):
+        shifted[f"{component}_out"] = shifted[f"{component}_in"] + OFFSET
+    found = lengthening(shifted, np.random.default_rng(5))
+    assert found == pytest.approx(0, abs=1e-12)
 
 
 def test_interval_of_a_median_has_the_error_of_a_median(table):
