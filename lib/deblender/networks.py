@@ -1,10 +1,12 @@
 """The networks of section 3: encoder, decoder, and the autoencoder that trains them.
 
 Only `keras` and `keras.ops` are used, so that the same code trains on TensorFlow, JAX
-and PyTorch.
+and PyTorch; one activation is compiled for TensorFlow.
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 
 import keras
 from keras import layers, ops
@@ -35,15 +37,47 @@ EXACT = {"dtype": "float32"}
 logging.getLogger("tensorflow").addFilter(lambda r: "retracing" not in r.getMessage())
 
 
+def _in_one_pass(function: Callable, gradients: Callable) -> Callable:
+    """`function` of tensors, with its `gradients`, each compiled into one loop.
+
+    TensorFlow on a processor else goes over all pixels once for every operation. The
+    other backends are left to themselves.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    forward = tf.function(function, jit_compile=True)
+    backward = tf.function(gradients, jit_compile=True)
+    return tf.custom_gradient(lambda *x: (forward(*x), partial(backward, *x)))
+
+
+def _leak(x, slope):
+    return ops.where(x > 0, x, slope * x)
+
+
+def _leak_gradients(x, slope, upstream):
+    """Gradients in `x` and in `slope`, which images and perhaps pixels share."""
+    negative = x <= 0
+    shared = [0, *(i for i, n in enumerate(slope.shape, 1) if n == 1)]
+    # In full precision: a sum over pixels does not survive half of it.
+    terms = ops.where(negative, ops.cast(upstream * x, "float32"), 0.0)
+    total = ops.reshape(ops.sum(terms, shared), slope.shape)
+    return ops.where(negative, slope * upstream, upstream), ops.cast(total, slope.dtype)
+
+
+_prelu = _in_one_pass(_leak, _leak_gradients)
+
+
 class PReLU(layers.PReLU):
     """As Keras's, in fewer passes over the pixels, which take longer than the sums.
 
-    In half precision, on a processor with matrix units, a step of the paper's network
-    took 112 ms instead of 129.
+    In half precision, on a processor with matrix units, a training of the second
+    network is 1.24 times, of the paper's 1.3 times as fast.
     """
 
     def call(self, inputs):
-        return ops.where(inputs > 0, inputs, self.alpha * inputs)
+        return _prelu(inputs, ops.cast(self.alpha, inputs.dtype))
 
 
 def activate(x: keras.KerasTensor, shared: bool = False) -> keras.KerasTensor:
