@@ -9,7 +9,7 @@ import deblender
 from deblender import linear, training, weights
 from deblender.batches import RepeatedBatches
 from deblender.drawing import draw
-from deblender.networks import COPIES, LEEWAY, calibration_loss
+from deblender.networks import COPIES, LEEWAY, MISTAKEN, calibration_loss
 from deblender.normalisation import NoiseUnits
 
 
@@ -93,16 +93,24 @@ def test_history_watches_the_slope(network):
     assert len(curve["slope"]) == len(curve["sigma_dr"]) == 1
 
 
-def test_loss_against_bias_in_closed_form():
-    """Errors of mean b and size s: lambda s^2 + b^2 over the width squared, halved."""
+@pytest.mark.parametrize("mistaken", [0.0, 0.5])
+def test_loss_against_bias_in_closed_form(mistaken):
+    """Errors of mean b +- m in two views and of size s: b^2 + nu m^2 + lambda s^2.
+
+    All over the width squared, halved.
+    """
     rng, n, bias, size, width = np.random.default_rng(2), 200_000, 0.7, 1.3, 2.0
-    error = bias + size * rng.standard_normal((COPIES * n, 1))
+    error = bias + size * rng.standard_normal((COPIES, n, 1))
+    error[: COPIES // 2] += mistaken
+    error[COPIES // 2 :] -= mistaken
+    error = error.reshape(-1, 1)
     latent = np.concatenate([-error, np.full_like(error, width)], axis=1, dtype="f4")
     tensors = map(keras.ops.convert_to_tensor, (np.zeros_like(error, "f4"), latent))
     found = calibration_loss(*tensors)
-    point = (LEEWAY * size**2 + bias**2) / (2 * width**2)
-    widths = np.log(width) + (size**2 + bias**2) / (2 * width**2)
-    assert float(keras.ops.mean(found)) == pytest.approx(point + widths, rel=0.01)
+    point = LEEWAY * size**2 + bias**2 + MISTAKEN * mistaken**2
+    sizes = size**2 + bias**2 + mistaken**2
+    expected = np.log(width) + (point + sizes) / (2 * width**2)
+    assert float(keras.ops.mean(found)) == pytest.approx(expected, rel=0.003)
 
 
 def test_copies_share_the_blend_and_not_the_noise(blends, units):
@@ -116,6 +124,21 @@ def test_copies_share_the_blend_and_not_the_noise(blends, units):
     # The light is the same: what differs in the sums is noise.
     sums = noisy.sum(axis=(1, 2))
     assert np.std(sums[:20] - sums[20:40]) < 3 * 64 * np.sqrt(2)
+
+
+def test_neighbours_turn_about_their_target(blends, units):
+    batches = RepeatedBatches(
+        blends, units, 20, augment=False, code=lambda t: t[:, 0, 0]
+    )
+    assert batches.centred
+    batches.noisy = lambda blend, rng: blend
+    views, _ = batches[0]
+    views = views.reshape(COPIES, 20, *views.shape[1:])
+    target, first = blends.target[:20], blends.blend[:20]
+    turned = np.rot90(first - target, axes=(1, 2))
+    for copy, neighbours in enumerate([first - target] * 2 + [turned] * 2):
+        np.testing.assert_allclose(views[copy] - target, neighbours, atol=0.05)
+    assert not np.allclose(turned, first - target, atol=1)
 
 
 def test_training_noise_has_the_variance_of_poisson(blends, units, survey):

@@ -142,15 +142,22 @@ class DecoderBatches(EncoderBatches):
 class RepeatedBatches(EncoderBatches):
     """Batches of COPIES views of each blend, with other noise, to teach against bias.
 
-    A batch has its blends in order, then all of them again, and so on.
+    A batch has its blends in order, then all of them again, and so on; in its second
+    half neighbours are turned by 90 degrees about targets that are centred exactly.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.centred = not self.scenes.target_positions.any()
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         target, blend, rng = self.draw(index)
-        copies = (COPIES, 1, 1, 1)
-        return self.noisy(np.tile(blend, copies), rng), np.tile(
-            self.code(target), copies[:2]
-        )
+        other = blend
+        if self.centred:
+            other = target + np.rot90(blend - target, axes=(1, 2))
+        views = [blend] * (COPIES // 2) + [other] * (COPIES // 2)
+        code = np.tile(self.code(target), (COPIES, 1))
+        return self.noisy(np.concatenate(views), rng), code
 
 
 def dihedral(images: np.ndarray, elements: np.ndarray) -> np.ndarray:

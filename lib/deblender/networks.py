@@ -21,6 +21,7 @@ SMALLEST_WIDTH = 1e-6  # keeps the logarithm of the KL divergence finite
 SMALLEST_CODE_WIDTH = 1e-3  # the same for the likelihood of a code
 COPIES = 4  # of a blend, with other noise, by which its bias is seen
 LEEWAY = 0.1  # weight of the variance beside the squared bias
+MISTAKEN = 0.25  # weight of what neighbours do to a target, squared, beside the same
 # A sigmoid of this is close to the mean normalised pixel, so that training does not
 # begin by learning that most of a stamp is empty sky.
 EMPTY_SKY = -4.0
@@ -167,26 +168,30 @@ def latent_likelihood(code, latent):
 
 
 def calibration_loss(code, latent):
-    """Squared bias and a little variance of codes guessed many times, in nats.
+    """Squared bias, and a little of two scatters, of codes guessed many times, in nats.
 
     A batch holds its blends COPIES times with other noise, so the mean product of two
-    errors of a blend is, on average, the square of its bias (Tewes et al. 2019). LEEWAY
-    is the weight of the variance. Widths are taught to be the sizes of the errors, and
-    errors are counted in widths. Arguments as for `latent_likelihood`; returns
-    (batch / COPIES,).
+    errors of a blend is, on average, the square of its bias (Tewes et al. 2019). In the
+    second half of the copies its neighbours are turned by 90 degrees: half the sum of
+    the mean errors of both views is bias, half the difference what neighbours do, of
+    weight MISTAKEN; LEEWAY is that of the variance. Widths are taught to be the sizes
+    of the errors, and errors are counted in widths. Arguments as for
+    `latent_likelihood`; returns (batch / COPIES,).
     """
     mean, width = ops.split(latent, 2, axis=-1)
     width = ops.maximum(width, SMALLEST_CODE_WIDTH)
     error = (code - mean) / ops.stop_gradient(width)
     sizes = ops.log(width) + 0.5 * ops.square(ops.stop_gradient(code - mean) / width)
-    error, sizes = (
-        ops.reshape(x, (COPIES, -1, x.shape[-1]))  # (copy, blend, latent)
-        for x in (error, sizes)
-    )
-    squares = ops.sum(ops.square(error), axis=0)
-    products = ops.square(ops.sum(error, axis=0)) - squares  # of different copies
-    bias = products / (COPIES * (COPIES - 1))
-    point = 0.5 * (LEEWAY * squares / COPIES + (1 - LEEWAY) * bias)
+    error = ops.reshape(error, (2, COPIES // 2, -1, error.shape[-1]))
+    sizes = ops.reshape(sizes, (COPIES, -1, sizes.shape[-1]))  # (copy, blend, latent)
+    squares = ops.sum(ops.square(error), axis=(0, 1))
+    views = ops.sum(error, axis=1)  # (view, blend, latent)
+    # Mean products of errors of one view, squares left out, and of both views.
+    alike = ops.sum(ops.square(views), axis=0) - squares
+    alike = alike / (COPIES * (COPIES // 2 - 1))
+    across = views[0] * views[1] / (COPIES // 2) ** 2
+    point = ((1 + MISTAKEN) / 2 - LEEWAY) * alike + (1 - MISTAKEN) / 2 * across
+    point = 0.5 * (point + LEEWAY * squares / COPIES)
     return ops.sum(point + ops.mean(sizes, axis=0), axis=-1)
 
 
