@@ -73,8 +73,8 @@ _prelu = _in_one_pass(_leak, _leak_gradients)
 class PReLU(layers.PReLU):
     """As Keras's, in fewer passes over the pixels, which take longer than the sums.
 
-    In half precision, on a processor with matrix units, a training of the second
-    network is 1.24 times, of the paper's 1.3 times as fast.
+    In half precision, on one core with matrix units, a training of the second network
+    is 1.24 times, of the paper's 1.3 times as fast.
     """
 
     def call(self, inputs):
