@@ -6,7 +6,6 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from deblender import networks
 
@@ -93,25 +92,28 @@ def test_only_keras_is_used():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_prelu_is_that_of_keras(shared):
+    x = keras.random.normal((2, 4, 4, 3), seed=1)
     ours = networks.activate(keras.Input((4, 4, 3)), shared)  # of a graph
-    ours = ours._keras_history.operation
+    layer = ours._keras_history.operation
     theirs = keras.layers.PReLU(shared_axes=(1, 2) if shared else None)
-    theirs.build((2, 4, 4, 3))
-    slopes = keras.random.normal(ours.alpha.shape, seed=2)
-    ours.alpha.assign(slopes), theirs.alpha.assign(slopes)
-    found, expected = _with_gradients(ours), _with_gradients(theirs)
-    np.testing.assert_array_equal(found[0], expected[0])
-    for a, b in zip(found[1:], expected[1:], strict=True):
+    theirs.build(x.shape)
+    slopes = keras.random.normal(layer.alpha.shape, seed=2)
+    layer.alpha.assign(slopes), theirs.alpha.assign(slopes)
+    found, expected = (keras.ops.convert_to_numpy(f(x)) for f in (layer, theirs))
+    np.testing.assert_array_equal(found, expected)
+    # A step of training takes the gradients of slopes and, before them, of the input.
+    for a, b in zip(_after_a_step(layer), _after_a_step(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def _with_gradients(layer):
-    """What a layer gives, and the gradients of its weighted sum in input and slopes."""
-    x, weights = (
-        tf.constant(keras.random.normal((2, 4, 4, 3), seed=s)) for s in (3, 4)
-    )
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = layer(x)
-        total = tf.reduce_sum(weights * y)
-    return y, *tape.gradient(total, [x, layer.alpha.value])
+def _after_a_step(activation):
+    """Weights of a layer and its activation after one step down their gradients."""
+    first = keras.layers.Dense(3, kernel_initializer=keras.initializers.HeNormal(3))
+    model = keras.Sequential([keras.Input((4, 4, 3)), first, activation])
+    model.compile(keras.optimizers.SGD(1.0), loss="mse")
+    before = model.get_weights()
+    x, y = np.random.default_rng(4).standard_normal((2, 2, 4, 4, 3)).astype("f4")
+    model.train_on_batch(x, y)
+    after = model.get_weights()
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(after, before, strict=True))
+    return after
