@@ -1,5 +1,8 @@
 """Physics of the scenes: flux, noise, positions, targets, seeds."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import galsim
 import numpy as np
 import pytest
@@ -225,7 +228,8 @@ def test_interrupted_work_resumes(synthetic, tmp_path, monkeypatch):
     monkeypatch.setattr(simulation._Painter, "paint", paint_once)
     with pytest.raises(KeyboardInterrupt):
         simulate(synthetic, survey, 2 * CHUNK, 1, seed=11, processes=1)
-    assert [f.suffix for f in (tmp_path / "scenes").iterdir()] == [".partial"]
+    left = {f.suffix for f in (tmp_path / "scenes").iterdir()}
+    assert left == {".partial", ".lock"}
     drawn = []
     monkeypatch.setattr(
         simulation._Painter,
@@ -238,6 +242,21 @@ def test_interrupted_work_resumes(synthetic, tmp_path, monkeypatch):
     _share_catalogues(tmp_path / "again", monkeypatch)
     whole = simulate(synthetic, survey, 2 * CHUNK, 1, seed=11, processes=1)
     np.testing.assert_array_equal(resumed.stamps["LSST"], whole.stamps["LSST"])
+
+
+def test_the_same_scenes_are_drawn_once_by_two(synthetic, tmp_path, monkeypatch):
+    survey = deblender.survey("lsst")
+    monkeypatch.setenv("DEBLENDER_CACHE", str(tmp_path))
+    _share_catalogues(tmp_path, monkeypatch)
+    draw_all, drawn = simulation._draw_all, []
+    monkeypatch.setattr(
+        simulation, "_draw_all", lambda *x: drawn.append(x) or draw_all(*x)
+    )
+    ask = partial(simulate, synthetic, survey, 50, 1, seed=12, processes=1)
+    with ThreadPoolExecutor(2) as two:
+        one, other = [future.result() for future in [two.submit(ask) for _ in "ab"]]
+    assert len(drawn) == 1
+    np.testing.assert_array_equal(one.stamps["LSST"], other.stamps["LSST"])
 
 
 def _share_catalogues(folder, monkeypatch):

@@ -20,6 +20,7 @@ import astropy.units as u
 import galsim
 import numpy as np
 from astropy.table import Table
+from filelock import FileLock
 from photutils.centroids import centroid_com
 from photutils.detection import find_peaks
 from photutils.utils.exceptions import NoDetectionsWarning
@@ -209,8 +210,8 @@ def simulate(
     2.1.4). `split` names the galaxies that may serve. `shear` (g1, g2) shears every
     profile about its own centre. Scenes are drawn on all cores (or `processes`, or the
     workers of a Dask `client`, which need the catalogue at the same place), kept in
-    `cache_folder()` and resumed after an interruption; a seed gives the same bits
-    whoever draws.
+    `cache_folder()` and resumed after an interruption; a process that asks for scenes
+    which another is drawing waits for them. A seed gives the same bits whoever draws.
 
     Raises ValueError for an unknown centring or split, a number of scenes or galaxies
     below one, or a shear of one or more.
@@ -229,7 +230,10 @@ def simulate(
     )
     folder = cache_folder() / "scenes" / task.key
     if not folder.is_dir():
-        _draw_all(task, folder, processes, client)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():  # no other process was faster
+                _draw_all(task, folder, processes, client)
     return _open(folder, survey, task)
 
 
@@ -513,7 +517,7 @@ def _draw_all(
     interrupted run goes on where it stopped.
     """
     partial = folder.with_name(f"{folder.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
     counts = task.counts()
     _allocate(partial, task, int(counts.sum()))
     starts = range(0, task.n_scenes, CHUNK)
