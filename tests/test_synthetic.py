@@ -235,3 +235,18 @@ def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch, write):
     with pytest.raises(OSError, match="no space"):
         write(tmp_path, 3, seed=2)
     assert digests(tmp_path) == before
+
+
+def test_noiseless_stamps_are_of_the_same_galaxies(stamps, tmp_path):
+    synthetic.write_stamps(tmp_path, 60, seed=3, noisy=False)
+    noisy, clean = (
+        galsim.RealGalaxyCatalog(MAIN, dir=str(path)) for path in (stamps, tmp_path)
+    )
+    ratios = []
+    for i in range(60):
+        noise = noisy.getGalImage(i).array - clean.getGalImage(i).array
+        edge = np.r_[:8, -8:0]
+        ratios.append(np.mean(noise[np.ix_(edge, edge)] ** 2) / noisy.variance[i])
+        assert abs(noise.mean()) < 0.1 * noise.std()
+    assert np.median(ratios) == pytest.approx(1, abs=0.1)
+    np.testing.assert_array_equal(*(fits.getdata(p / TWIN) for p in (stamps, tmp_path)))

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import galsim
@@ -25,6 +25,15 @@ SPLITS = ("train", "validation", "test", "all")
 # GalSim's three templates, in the order of the columns of `Catalogue.fractions`.
 TEMPLATES = ("CWW_E_ext_more.sed", "CWW_Scd_ext_more.sed", "CWW_Sbc_ext_more.sed")
 BULGE, DISC, INTERMEDIATE = range(3)
+# Folder and writer of what is drawn here, by name and whether images are asked for.
+SYNTHETIC = {
+    ("synthetic", False): ("synthetic", synthetic.write_parametric),
+    ("synthetic", True): ("realistic", synthetic.write_stamps),
+    ("synthetic-noiseless", True): (
+        "noiseless",
+        partial(synthetic.write_stamps, noisy=False),
+    ),
+}
 
 
 def cache_folder() -> Path:
@@ -149,12 +158,13 @@ def catalogue(name: str | os.PathLike = "synthetic", real: bool = False) -> Cata
     """Read a catalogue: `"synthetic"`, or a folder that holds GalSim's COSMOS files.
 
     With `real`, galaxies are HST postage stamps (`galsim.RealGalaxy`; HST-like ones
-    for `"synthetic"`) and not their parametric fits. The synthetic catalogue is drawn
-    once and kept in `cache_folder()`.
+    for `"synthetic"`, the same before noise for `"synthetic-noiseless"`) and not their
+    parametric fits. A synthetic catalogue is drawn once and kept in `cache_folder()`.
 
     Raises ValueError when the folder is missing or holds no such files.
     """
-    folder = _synthetic(real) if str(name) == "synthetic" else Path(name)
+    drawn = (str(name), real) in SYNTHETIC
+    folder = _synthetic(str(name), real) if drawn else Path(name)
     found = sorted(folder.glob("real_galaxy_catalog_*.fits"))
     mains = [f for f in found if not f.stem.endswith(("_fits", "_selection"))]
     mains = list(filter(_has_images if real else _has_fits, mains))
@@ -162,18 +172,18 @@ def catalogue(name: str | os.PathLike = "synthetic", real: bool = False) -> Cata
         raise ValueError(
             f"catalogue {str(name)!r}: no real_galaxy_catalog_*.fits with "
             f"{'its images' if real else 'its parametric fits'} in {folder}; accepted: "
-            "'synthetic', or a folder holding GalSim's COSMOS files, which "
+            "'synthetic', with images 'synthetic-noiseless' too, or a folder holding "
+            "GalSim's COSMOS files, which "
             "`galsim_download_cosmos -s 25.2 -d FOLDER` downloads (4.4 GB)"
         )
     return _read(str(name), mains[0], real)
 
 
-def _synthetic(real: bool) -> Path:
-    """Folder of the synthetic catalogue, named after the code that draws it."""
+def _synthetic(name: str, real: bool) -> Path:
+    """Folder of a synthetic catalogue, named after the code that draws it."""
     code = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:12]
-    if real:
-        return build_once(cache_folder() / f"realistic-{code}", synthetic.write_stamps)
-    return build_once(cache_folder() / f"synthetic-{code}", synthetic.write_parametric)
+    kind, write = SYNTHETIC[name, real]
+    return build_once(cache_folder() / f"{kind}-{code}", write)
 
 
 def _fits_of(main: Path) -> Path:

@@ -299,13 +299,16 @@ def _observe(
     return image * row["flux"][0] / (row["flux"][0] + extra.sum())
 
 
-def write_stamps(folder: Path, n_galaxies: int = 4000, seed: int = 2022) -> None:
+def write_stamps(
+    folder: Path, n_galaxies: int = 4000, seed: int = 2022, noisy: bool = True
+) -> None:
     """Write HST-like postage stamps that galsim.RealGalaxyCatalog reads.
 
     Five files appear in `folder`, all or none: the two of `write_parametric`, for the
     smooth part of the same galaxies, the stamps (float32, 48 to 320 pixels of 0.03", in
     counts/s), the PSFs, and GalSim's measured correlation of the COSMOS noise.
-    `stamp_flux` is the sum of the noisy stamp. The same seed gives the same bytes.
+    `stamp_flux` is the sum of the stamp. The same seed gives the same bytes, and but
+    for the noise the same galaxies whether `noisy` or not.
 
     Population: `write_parametric`'s, to a mean surface brightness of 24.3 mag/arcsec^2
     within the half-light radius, about the faintest of the COSMOS stamps we have seen.
@@ -336,7 +339,7 @@ def write_stamps(folder: Path, n_galaxies: int = 4000, seed: int = 2022) -> None
         image = _observe(rng, profiles[i], psfs[catalogue["PSF_HDU"][i]], strength[i])
         photons = np.maximum(image, 0) / (EXPOSURE * CORRELATED)
         sigma = np.sqrt(catalogue["NOISE_VARIANCE"][i] + photons)
-        image += sigma * _noise(rng, correlation, len(image))
+        image += noisy * sigma * _noise(rng, correlation, len(image))
         catalogue["stamp_flux"][i] = image.sum()
         stamps.append(image.astype(np.float32))
     images = {IMAGES: stamps, PSFS: psfs, NOISE: [correlation]}
