@@ -172,6 +172,14 @@ def test_errors_are_output_minus_target():
         m.errors(measured[:4], target)
 
 
+def test_half_width_of_normal_errors_is_their_sigma():
+    values = np.random.default_rng(1).normal(3, 0.2, 20_000)
+    values[::3] = np.nan
+    assert m.half_width(values) == pytest.approx(0.2, rel=0.03)
+    assert m.percentiles(values)[1] == pytest.approx(3, abs=0.01)
+    assert np.isnan(m.percentiles(np.array([np.nan]))).all()
+
+
 def test_bins_agree_with_numpy():
     rng = np.random.default_rng(5)
     x, y = rng.uniform(0, 3, 3000), rng.normal(size=3000)

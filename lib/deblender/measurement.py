@@ -193,6 +193,25 @@ def errors(measured: Table, target: Table, band: str = "r") -> Table:
     return table
 
 
+def percentiles(values: np.ndarray) -> np.ndarray:
+    """The 16th, 50th and 84th of a column of errors; NaN are left out.
+
+    NaN where nothing is left.
+    """
+    values = np.ma.filled(np.asanyarray(values, dtype=float), np.nan)
+    values = values[np.isfinite(values)]
+    return np.percentile(values, [16, 50, 84]) if len(values) else np.full(3, np.nan)
+
+
+def half_width(values: np.ndarray) -> float:
+    """Half the distance of the 16th and 84th percentiles: of a normal error, its sigma.
+
+    Section 4.1; NaN are left out.
+    """
+    low, _, high = percentiles(values)
+    return float(high - low) / 2
+
+
 def _bootstrap(
     statistic: Callable, rows: np.ndarray, rng: Generator | None, fewest: int = 1
 ) -> tuple[np.ndarray, np.ndarray, int, int]:

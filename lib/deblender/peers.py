@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .evaluation import compare, ellipticity_pairs
 from .files import data_folder
-from .measurement import ellipticity_bias, in_snr_range
+from .measurement import ellipticity_bias, in_snr_range, percentiles
 from .simulation import MATCH_RADIUS, Scenes
 from .surveys import REFERENCE_BAND, STAMP_SIZE
 
@@ -288,7 +288,7 @@ def summary(table: Table) -> dict[str, float]:
     table = table[in_snr_range(table["snr"])]
     found = {}
     for name in ("dr", "dgr", "de"):
-        p16, median, p84 = np.nanpercentile(np.asarray(table[name]), [16, 50, 84])
+        p16, median, p84 = percentiles(table[name])
         found |= {f"median_{name}": median, f"sigma_{name}": (p84 - p16) / 2}
     found["slope"] = ellipticity_bias(*ellipticity_pairs(table))["alpha"].value
     found |= {name: np.nanmedian(table[name]) for name in ("ssim", "cosine")}
