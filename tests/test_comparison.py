@@ -73,6 +73,11 @@ def test_scatter_lengthens_round_galaxies_as_rayleigh_says(table):
         noisy[f"{component}_out"] = rng.normal(0, SCATTER, len(table))
     expected = SCATTER * np.sqrt(2 * np.log(2))  # median of a Rayleigh distribution
     assert lengthening(noisy, rng) == pytest.approx(expected, rel=0.03)
+    # Errors that are given take the place of those of the outputs, also twice as wide.
+    twice = np.full(len(noisy), 2 * SCATTER)
+    assert lengthening(noisy, rng, twice) == pytest.approx(2 * expected, rel=0.03)
+    twice[::2] = np.nan
+    assert lengthening(noisy, rng, twice) == pytest.approx(2 * expected, rel=0.03)
 
 
 def test_no_scatter_lengthens_nothing_whatever_the_mean_error(table):

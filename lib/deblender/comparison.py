@@ -6,7 +6,7 @@ import numpy as np
 from astropy.table import Table
 
 from .evaluation import ellipticity_pairs
-from .measurement import SNR_RANGE, in_snr_range, regression
+from .measurement import SNR_RANGE, in_snr_range, percentiles, regression
 
 SNR_BINS = 10
 FEWEST = 10  # galaxies of a bin that counts
@@ -52,24 +52,32 @@ def intervals(table: Table, rng: np.random.Generator) -> dict[str, Interval]:
     return {k: Interval(value[k], float(ends[k][0]), float(ends[k][2])) for k in value}
 
 
-def lengthening(table: Table, rng: np.random.Generator) -> float:
+def lengthening(
+    table: Table, rng: np.random.Generator, sigma: np.ndarray | None = None
+) -> float:
     """What `binned_de` would be if outputs were right on average in e1 and e2.
 
     Scatter lengthens a vector (its length then follows a Rice distribution): to each
     input ellipticity comes a normal error as wide as those of the outputs in its bin
-    of SNR, half the distance of their 16th and 84th percentiles. Table of `evaluate`.
+    of SNR, half the distance of their 16th and 84th percentiles, or, where `sigma`
+    (scene,) is given, of that standard deviation in each component, such as a bound
+    of `cramer_rao`. NaN is left out. Table of `evaluate`.
     """
     columns = _columns(table)
-    finite = np.isfinite(columns["pairs"]).all(axis=(1, 2))
-    pairs, bins = columns["pairs"][finite], _snr_bins(columns["snr"][finite])
+    pairs, bins = columns["pairs"], _snr_bins(columns["snr"])
+    if sigma is None:
+        widths = _widths(pairs, bins)
+    else:
+        widths = np.tile(sigma, (2, 1)).T[in_snr_range(table["snr"])]
+    finite = np.isfinite(pairs).all(axis=(1, 2)) & np.isfinite(widths).all(axis=1)
     medians = []
     for i in range(1, SNR_BINS + 1):
-        e_in, e_out = np.moveaxis(pairs[bins == i], 1, 0)  # (scene, component)
-        if len(e_in) < FEWEST:
+        chosen = finite & (bins == i)
+        if chosen.sum() < FEWEST:
             continue
-        p16, p84 = np.percentile(e_out - e_in, [16, 84], axis=0)
-        e_in = e_in.repeat(DRAWS, axis=0)
-        drawn = e_in + (p84 - p16) / 2 * rng.standard_normal(e_in.shape)
+        e_in = pairs[chosen, 0].repeat(DRAWS, axis=0)  # (draw, component)
+        error = rng.standard_normal(e_in.shape) * widths[chosen].repeat(DRAWS, axis=0)
+        drawn = e_in + error
         longer = np.linalg.norm(drawn, axis=1) - np.linalg.norm(e_in, axis=1)
         medians.append(np.median(longer))
     return float(np.abs(medians).mean())
@@ -137,14 +145,26 @@ def _statistics(columns: dict[str, np.ndarray]) -> dict[str, float]:
     return {k: float(v) for k, v in found.items()}
 
 
+def _widths(pairs: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """Half the 16-to-84 % range of the errors of each galaxy's bin (scene, component).
+
+    NaN for a bin of too few galaxies.
+    """
+    widths = np.full(pairs[:, 0].shape, np.nan)
+    for i in np.unique(bins):
+        inside = bins == i
+        errors = (pairs[inside, 1] - pairs[inside, 0]).T  # (component, scene)
+        ends = np.array([_percentiles(error) for error in errors])
+        widths[inside] = (ends[:, 2] - ends[:, 0]) / 2
+    return widths
+
+
 def _snr_bins(snr: np.ndarray) -> np.ndarray:
     """Number of the logarithmic bin of each galaxy, from 1."""
     return np.digitize(snr, np.geomspace(*SNR_RANGE, SNR_BINS + 1))
 
 
 def _percentiles(error: np.ndarray) -> np.ndarray:
-    """The 16th, 50th and 84th percentiles, NaN left out; NaN for too few."""
-    error = error[np.isfinite(error)]
-    if len(error) < FEWEST:
-        return np.full(3, np.nan)
-    return np.percentile(error, [16, 50, 84])
+    """As `percentiles`; NaN for too few."""
+    few = np.isfinite(error).sum() < FEWEST
+    return np.full(3, np.nan) if few else percentiles(error)
