@@ -57,6 +57,7 @@ ARROW = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 0, "shrinkB": 0}
 WIDTH = 7.0  # inches, at which this text can still be read on a phone
 STYLE = {"font.size": 11, "legend.fontsize": 10.5, "axes.titlesize": 11}
 TICK_SIZE = 10
+COMMON = 95  # percentile of a loss, above which it is rare
 
 _recorded: dict[str, dict[str, Any]] = {}  # by this process: file stem to numbers
 
@@ -342,8 +343,9 @@ def architecture(encoder: Any, decoder: Any, frozen: bool = False) -> Figure:
 def training_curve(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Training and validation loss against images seen, a panel a network.
 
-    `curves`: label to the `curve` of a `training.History`. Each has its own axis: a
-    loss sums over the pixels of all its bands.
+    `curves`: label to the `curve` of a `training.History`. Each has its own axis, for
+    a loss sums over the pixels of all its bands, and what is far above most is not
+    shown.
     """
     fig, axes = _figure(1, len(curves), 3.0)
     for ax, (label, style) in zip(axes[0], _styles(list(curves)).items(), strict=True):
@@ -354,8 +356,11 @@ def training_curve(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figur
         ax.set(title=label, xlabel="images seen", xlim=(0, None))
         ax.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 600k
-        low, high = ax.get_ylim()
-        ax.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
+        # A rare batch of huge loss leaves the panel, and does not flatten the rest.
+        losses = np.concatenate([curve["loss"], curve["val_loss"]])
+        low, high = np.min(losses), np.percentile(losses, COMMON)
+        margin = 0.05 * (high - low) or 1.0
+        ax.set_ylim(low - margin, high + 9 * margin)  # room for the legend
         ax.legend(frameon=False, loc="upper right")
     axes[0, 0].set_ylabel("loss (nats a stamp)")
     return fig
@@ -635,7 +640,7 @@ def rates(tasks: Mapping[str, Mapping[str, float]], ours: Sequence[str]) -> Figu
     _log_axis(axes[-1, 0], min(values) / 2, max(values) * 4)
     axes[-1, 0].set_xlabel("per second")
     handles = [Patch(color=SKY_BLUE), Patch(color="#BBBBBB")]
-    _legend(fig, ["this book", "beside it"], handles)
+    _legend(fig, ["this book", "peers"], handles)
     return fig
 
 
@@ -656,7 +661,8 @@ def scaling(
         gain = np.asarray(speeds[label]) / speeds[label][0]
         left.plot(workers, gain, label=label, **style)
     left.plot(workers, np.asarray(workers) / workers[0], ":", color="black")
-    left.set(xlabel="processes", ylabel="speed, in that of one", xticks=list(workers))
+    left.set(xlabel="processes", ylabel="speed relative to one process")
+    left.set(xticks=list(workers))
     right.plot(scenes, memory, "o-", color=SPARE[0])
     _log_axis(right, min(scenes) / 1.5, max(scenes) * 1.5)
     right.set(xlabel="scenes", ylabel="memory (GB)", ylim=(0, 1.2 * max(memory)))
