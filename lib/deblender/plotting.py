@@ -97,7 +97,7 @@ def _legend(
         colours = [style["color"] for style in _styles(labels).values()]
         handles = [Patch(color=colour, alpha=0.6) for colour in colours]
     columns = len(labels)
-    if sum(len(label) + 6 for label in labels) > 80:
+    if sum(len(label) + 6 for label in labels) > 72:
         columns = 2 if columns < 5 else 3
     place = {"loc": "outside upper center", "ncols": columns, "frameon": False}
     fig.legend(handles, labels, **place)
@@ -361,7 +361,7 @@ def training_curve(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figur
         low, high = np.min(losses), np.percentile(losses, COMMON)
         margin = 0.05 * (high - low) or 1.0
         ax.set_ylim(low - margin, high + 9 * margin)  # room for the legend
-        ax.legend(frameon=False, loc="upper right")
+        ax.legend(loc="upper right", edgecolor="none", framealpha=1)
     axes[0, 0].set_ylabel("loss (nats a stamp)")
     return fig
 
