@@ -285,6 +285,15 @@ def test_record_merges_what_one_run_says(tmp_path, monkeypatch):
     }
 
 
+def test_recorded_numbers_can_be_formatted_in_the_text(tmp_path, monkeypatch):
+    glued = {}
+    monkeypatch.setattr(plotting, "_glue", glued.__setitem__)
+    monkeypatch.setattr(plotting, "_recorded", {})
+    plotting.record("04_x", m=np.float64(0.5), bad=np.nan, name="a", many=[1])
+    assert [repr(glued[name]) for name in ("m", "bad")] == ["0.5", "nan"]
+    assert glued["name"] == "a" and "many" not in glued
+
+
 def test_posterior_without_a_measured_draw_is_an_empty_panel(recwarn):
     nothing, something = np.full((1, 5), np.nan), np.ones((1, 5))
     image = np.zeros((1, 64, 64))

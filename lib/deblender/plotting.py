@@ -796,7 +796,8 @@ def record(stem: str, **numbers: Any) -> dict[str, Any]:
     """
     for name, value in numbers.items():
         if isinstance(value, int | float | str):
-            _glue(name, _plain(value))
+            # NaN stays a number here, or the text could not format it.
+            _glue(name, float(value) if isinstance(value, float) else value)
     kept = _recorded.setdefault(stem, {})
     kept |= {name: _plain(value) for name, value in numbers.items()}
     if os.environ.get("DEBLENDER_BUILD"):
