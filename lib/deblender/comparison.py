@@ -68,7 +68,7 @@ def lengthening(
     if sigma is None:
         widths = _widths(pairs, bins)
     else:
-        widths = np.tile(sigma, (2, 1)).T[in_snr_range(table["snr"])]
+        widths = np.asarray(sigma)[in_snr_range(table["snr"]), None]
     finite = np.isfinite(pairs).all(axis=(1, 2)) & np.isfinite(widths).all(axis=1)
     medians = []
     for i in range(1, SNR_BINS + 1):
@@ -76,8 +76,8 @@ def lengthening(
         if chosen.sum() < FEWEST:
             continue
         e_in = pairs[chosen, 0].repeat(DRAWS, axis=0)  # (draw, component)
-        error = rng.standard_normal(e_in.shape) * widths[chosen].repeat(DRAWS, axis=0)
-        drawn = e_in + error
+        scatter = widths[chosen].repeat(DRAWS, axis=0)
+        drawn = e_in + scatter * rng.standard_normal(e_in.shape)
         longer = np.linalg.norm(drawn, axis=1) - np.linalg.norm(e_in, axis=1)
         medians.append(np.median(longer))
     return float(np.abs(medians).mean())
