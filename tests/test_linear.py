@@ -126,11 +126,10 @@ def test_copies_share_the_blend_and_not_the_noise(blends, units):
     assert np.std(sums[:20] - sums[20:40]) < 3 * 64 * np.sqrt(2)
 
 
-def test_neighbours_turn_about_their_target(blends, units):
+def test_neighbours_turn_about_the_centre(blends, units):
     batches = RepeatedBatches(
         blends, units, 20, augment=False, code=lambda t: t[:, 0, 0]
     )
-    assert batches.centred
     batches.noisy = lambda blend, rng: blend
     views, _ = batches[0]
     views = views.reshape(COPIES, 20, *views.shape[1:])

@@ -78,16 +78,27 @@ class Batches(keras.utils.PyDataset):
 
     def draw(self, index: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
         """Noiseless targets and blends of a batch in electrons, and its generator."""
+        rows, turns, rng = self.choose(index)
+        target = self.scenes.compose(rows[:, 0])  # (batch, y, x, band)
+        blend = target + self.scenes.compose(rows[:, 1:])
+        if self.augment:
+            target, blend = dihedral(target, turns), dihedral(blend, turns)
+        return target, blend, rng  # (batch, y, x, band)
+
+    def choose(self, index: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+        """Rows of the galaxies of a batch, how each image is turned, a generator.
+
+        Rows (batch, galaxy), the target first, -1 where none; turns (batch,).
+        """
         chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         chosen = fill_up(chosen)
         epoch = self.epoch if self.augment else 0
         rng = np.random.default_rng([self.seed, epoch, 1 + index])
-        target = self.scenes.compose(self.scenes.first[chosen])  # (batch, y, x, band)
-        blend = target + self.scenes.compose(self.neighbours[:, chosen].T)
+        rows = np.column_stack([self.scenes.first[chosen], *self.neighbours[:, chosen]])
+        turns = np.zeros(len(chosen), int)
         if self.augment:
             turns = rng.integers(8, size=len(chosen))
-            target, blend = dihedral(target, turns), dihedral(blend, turns)
-        return target, blend, rng  # (batch, y, x, band)
+        return rows, turns, rng
 
     def noisy(self, blend: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Normalised stamps with noise, what an encoder reads."""
@@ -143,18 +154,13 @@ class RepeatedBatches(EncoderBatches):
     """Batches of COPIES views of each blend, with other noise, to teach against bias.
 
     A batch has its blends in order, then all of them again, and so on; in its second
-    half neighbours are turned by 90 degrees about targets that are centred exactly.
+    half neighbours are turned by 90 degrees about the centre of the stamp. They stay as
+    far from it as they were, so the target remains the galaxy nearest to it.
     """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.centred = not self.scenes.target_positions.any()
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         target, blend, rng = self.draw(index)
-        other = blend
-        if self.centred:
-            other = target + np.rot90(blend - target, axes=(1, 2))
+        other = target + np.rot90(blend - target, axes=(1, 2))
         views = [blend] * (COPIES // 2) + [other] * (COPIES // 2)
         code = np.tile(self.code(target), (COPIES, 1))
         return self.noisy(np.concatenate(views), rng), code

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .batches import Batches
 from .files import write_whole
 from .networks import calibration_loss, cross_entropy, latent_likelihood
+from .on_device import OnDevice, UnitBatches, accelerators, composes
 from .weights import dump_variables, fill_variables
 
 LEARNING_RATE = 1e-3
@@ -160,7 +161,8 @@ def fit(
 ) -> History:
     """Train with Adam, clipped gradients, a short warm-up and a cosine decay to zero.
 
-    Only what `model` leaves trainable changes. With a `folder`, each epoch leaves a
+    Only what `model` leaves trainable changes. Where there is a GPU, it composes the
+    batches too. With a `folder`, each epoch leaves a
     checkpoint in it; a training that was stopped goes on from there, to the same bits,
     ends once the validation loss has not improved for PATIENCE epochs, and leaves the
     weights of the best epoch. What `watch` returns after each epoch joins the history.
@@ -168,11 +170,15 @@ def fit(
     Raises ValueError if the checkpoint in `folder` is of another training: of other
     galaxies, first weights, seed, epochs or learning rate.
     """
-    model.compile(_adam(epochs * len(batches), learning_rate, loss), loss=loss)
-    recorder = Recorder(batches, epochs, watch)
+    optimiser = _adam(epochs * len(batches), learning_rate, loss)
+    recorder, fed = Recorder(batches, epochs, watch), batches
+    if accelerators() and composes(batches):
+        model, fed, loss = OnDevice(model, batches, loss), UnitBatches(batches), None
+        validation = validation and UnitBatches(validation)
+    model.compile(optimiser, loss=loss)
     callbacks, done = [recorder], 0
     if folder is not None:
-        model(batches[0][0])  # creates what is restored
+        model(fed[0][0])  # creates what is restored
         model.optimizer.build(model.trainable_variables)
         setting = {"epochs": epochs, "learning_rate": learning_rate}
         setting |= {"seed": batches.seed, "data": _digest([batches.scenes.flux])}
@@ -184,7 +190,7 @@ def fit(
         # NumPy's threads would wait in the way of those of the network.
         with threadpool_limits(1, "blas"):
             model.fit(
-                batches,
+                fed,
                 validation_data=validation,
                 initial_epoch=done,
                 epochs=epochs,

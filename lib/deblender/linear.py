@@ -14,6 +14,7 @@ from keras import layers, ops
 
 from .batches import dihedral
 from .networks import CONVOLUTION, DENSE, activate
+from .normalisation import NoiseUnits
 from .simulation import Scenes
 from .surveys import STAMP_SIZE, Survey
 
@@ -188,6 +189,26 @@ def project(decoder: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
     """
     images, sizes = decoder.get_weights()
     return lambda stamps: stamps.reshape(len(stamps), -1) @ images.T / sizes
+
+
+class Code:
+    """Noiseless stamps in electrons to the latent vectors nearest to them.
+
+    Called with (scene, y, x, band), it returns (scene, latent), like `project` after
+    the normalisation `units`.
+    """
+
+    def __init__(self, decoder: keras.Model, units: NoiseUnits):
+        self.units, self.project = units, project(decoder)
+        self.images, self.sizes = decoder.get_weights()
+
+    def __call__(self, stamps: np.ndarray) -> np.ndarray:
+        return self.project(self.units.forward(stamps))
+
+    def on_device(self, stamps):
+        """The same of a tensor, which is in units of the noise."""
+        flat = ops.reshape(stamps, (-1, self.images.shape[1]))
+        return ops.matmul(flat, self.images.T) / self.sizes
 
 
 def encoder(survey: Survey, decoder: keras.Model, name: str = "encoder") -> keras.Model:

@@ -23,11 +23,20 @@ class Normalisation:
     scale: np.ndarray
     beta: float = BETA
 
+    @property
+    def factor(self) -> np.ndarray:
+        """What images are multiplied by before `curve`, (band,)."""
+        return self.beta / self.scale
+
+    @staticmethod
+    def curve(u):
+        """tanh(arcsinh(u)) of an array or a tensor of any backend, without either."""
+        return u / (1 + u * u) ** 0.5
+
     def forward(self, images: np.ndarray) -> np.ndarray:
         """Electrons (..., band) to normalised pixels in (-1, 1), float32."""
         images = np.asarray(images, np.float32)
-        u = images * per_pixel(self.beta / self.scale, images)
-        return u / np.sqrt(1 + u * u)  # tanh(arcsinh(u)), without either
+        return self.curve(images * per_pixel(self.factor, images))
 
     def inverse(self, normalised: np.ndarray) -> np.ndarray:
         """Normalised pixels (..., band) to electrons, float32; one is clipped below."""
@@ -41,6 +50,16 @@ class NoiseUnits:
     """x -> x / scale, where `scale` (band,) is the noise of the sky in electrons."""
 
     scale: np.ndarray
+
+    @property
+    def factor(self) -> np.ndarray:
+        """What images are multiplied by, (band,)."""
+        return 1 / self.scale
+
+    @staticmethod
+    def curve(u):
+        """Nothing is bent here."""
+        return u
 
     def forward(self, images: np.ndarray) -> np.ndarray:
         """Electrons (..., band) to units of the noise, float32."""

@@ -85,7 +85,7 @@ class Scenes:
         for image, chosen in zip(images, rows, strict=True):
             present = chosen[chosen >= 0]
             flux = self.flux[present] / np.float32(STAMP_SCALE)  # (galaxy, band)
-            for name, bands in self._bands:
+            for name, bands in self.bands:
                 unit = self.stamps[name][present].reshape(-1, STAMP_SIZE**2)
                 # A product of matrices: ten times faster than broadcasting.
                 light = unit.astype(np.float32).T @ flux[:, bands]
@@ -93,7 +93,7 @@ class Scenes:
         return images  # (image, y, x, band)
 
     @cached_property
-    def _bands(self) -> list[tuple[str, slice]]:
+    def bands(self) -> list[tuple[str, slice]]:
         """Name of each instrument, and the channels that are its bands."""
         whose = self.survey.instrument_of_band
         channels = [np.flatnonzero(whose == k) for k in range(whose.max() + 1)]

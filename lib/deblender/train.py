@@ -19,6 +19,7 @@ import yaml
 
 from .catalogues import Catalogue, catalogue
 from .files import data_folder
+from .on_device import accelerators, devices
 from .surveys import survey
 from .training import LINEAR_RATE, train_deblender, train_linear, train_vae, warm_start
 from .weights import Network, available, load, save
@@ -124,23 +125,15 @@ def provenance(arguments: list[str]) -> dict:
         "hardware": {
             "machine": platform.machine(),
             "cores": os.cpu_count(),
-            "accelerators": sum("cpu" not in name.lower() for name in _devices()),
+            "accelerators": accelerators(),
         },
     }
 
 
-def _devices() -> list[str]:
-    """Devices that the backend lists: GPUs where there are some, or else processors."""
-    try:
-        return keras.distribution.list_devices()
-    except (AttributeError, NotImplementedError):  # not with every backend
-        return []
-
-
 def _share_batches() -> None:
     """Split each batch between all devices, where the backend can."""
-    if keras.backend.backend() == "jax" and len(_devices()) > 1:
-        parallel = keras.distribution.DataParallel(devices=_devices())
+    if keras.backend.backend() == "jax" and len(devices()) > 1:
+        parallel = keras.distribution.DataParallel(devices=devices())
         keras.distribution.set_distribution(parallel)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+from astropy.table import vstack
 
 from . import linear
 from .batches import (
@@ -16,7 +17,7 @@ from .batches import (
 )
 from .catalogues import Catalogue
 from .comparison import statistics
-from .evaluation import evaluate
+from .evaluation import compare
 from .fitting import LEARNING_RATE, History, fit
 from .networks import (
     COPIES,
@@ -211,15 +212,17 @@ def train_linear(
     watched = simulate(catalogue, survey, n_validation, 4, centring, seed, "validation")
     network = _begin_linear(catalogue, survey, n_train, seed, start, components)
     model, units = side_by_side(network.deblender), network.normalisation
-    project = linear.project(network.decoder)
+    code = linear.Code(network.decoder, units)
 
     def pairs(kind: type[EncoderBatches], scenes: Scenes, **kwargs) -> EncoderBatches:
         size = LINEAR_BATCH_SIZE // (COPIES if kind is RepeatedBatches else 1)
-        kwargs["code"] = lambda stamps: project(units.forward(stamps))
-        return kind(scenes, units, size, seed, **kwargs)
+        return kind(scenes, units, size, seed, code=code, **kwargs)
+
+    parts = list(watched.take(slice(WATCHED)).batches())  # their noise is drawn once
 
     def watch() -> dict[str, float]:
-        numbers = statistics(evaluate(network, watched.take(slice(WATCHED))))
+        tables = [compare(network.deblend(x.noisy).image, x, survey) for x in parts]
+        numbers = statistics(vstack(tables, metadata_conflicts="silent"))
         return {name: numbers[name] for name in ("slope", "sigma_de", "sigma_dr")}
 
     card = {
@@ -231,10 +234,16 @@ def train_linear(
     }
     if start is not None:
         card["start"] = _origin(start)
-    few = calibration or -(-epochs // CALIBRATION)
+    against = calibration or -(-epochs // CALIBRATION)
     stages = (
         ("deblender", EncoderBatches, latent_likelihood, epochs, learning_rate),
-        ("calibration", RepeatedBatches, calibration_loss, few, learning_rate * GENTLY),
+        (
+            "calibration",
+            RepeatedBatches,
+            calibration_loss,
+            against,
+            learning_rate * GENTLY,
+        ),
     )
     for stage, kind, loss, n, rate in stages if epochs else stages[1:]:
         batches = pairs(kind, train, swap_neighbours=centring == "exact")

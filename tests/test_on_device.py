@@ -1,0 +1,126 @@
+"""What a device composes is what the host would, but for the noise."""
+
+import numpy as np
+import pytest
+
+from deblender import fitting, linear
+from deblender.batches import Batches, EncoderBatches, RepeatedBatches
+from deblender.catalogues import catalogue
+from deblender.networks import (
+    COPIES,
+    calibration_loss,
+    cross_entropy,
+    latent_likelihood,
+    side_by_side,
+    vae,
+)
+from deblender.normalisation import NoiseUnits, Normalisation
+from deblender.on_device import OnDevice, UnitBatches, composes
+from deblender.principal import fit_code
+from deblender.simulation import simulate
+from deblender.surveys import survey
+
+keras = pytest.importorskip("keras")
+LOSSES = {EncoderBatches: latent_likelihood, RepeatedBatches: calibration_loss}
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    galaxies = catalogue("synthetic")
+    return simulate(galaxies, survey("lsst+euclid"), 100, 4, "pixel", 3, "train")
+
+
+@pytest.fixture(scope="module")
+def decoder(scenes):
+    decoder = linear.decoder(scenes.survey)
+    decoder.set_weights(linear.fit_components(scenes, linear.N_COMPONENTS))
+    return decoder
+
+
+def batches_of(kind, scenes, decoder, **kwargs):
+    units = NoiseUnits(np.sqrt(scenes.survey.sky))
+    return kind(scenes, units, 20, 1, code=linear.Code(decoder, units), **kwargs)
+
+
+def model_of(scenes, decoder):
+    return side_by_side(linear.encoder(scenes.survey, decoder))
+
+
+def composed(device, index=2):
+    (units,) = UnitBatches(device.batches)[index]
+    units = {name: keras.ops.convert_to_tensor(x) for name, x in units.items()}
+    galaxies = device.galaxies(units)
+    pairs = device.pairs(*galaxies)
+    return [keras.ops.convert_to_numpy(x) for x in (*galaxies, *pairs)]
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_galaxies_and_codes_are_those_of_the_host(kind, scenes, decoder):
+    batches = batches_of(kind, scenes, decoder, swap_neighbours=True)
+    device = OnDevice(model_of(scenes, decoder), batches, LOSSES[kind])
+    target, rest, noisy, code = composed(device)
+    expected, blend, _ = batches.draw(2)
+    peak = blend.max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(target / peak, expected / peak, atol=1e-6)
+    np.testing.assert_allclose((target + rest) / peak, blend / peak, atol=1e-6)
+    theirs, their_code = batches[2]
+    np.testing.assert_allclose(code, their_code, atol=1e-4 * np.abs(their_code).max())
+    # The same light in every view; what differs is noise, of twice its variance.
+    survey_noise = np.sqrt(2 * (1 + np.tile(blend, (len(noisy) // 20, 1, 1, 1))
+                                / scenes.survey.sky))  # fmt: skip
+    assert np.std((noisy - theirs) / survey_noise) == pytest.approx(1, rel=0.005)
+    assert np.mean((noisy - theirs) / survey_noise) == pytest.approx(0, abs=0.005)
+
+
+def test_each_view_has_its_own_noise(scenes, decoder):
+    batches = batches_of(RepeatedBatches, scenes, decoder)
+    device = OnDevice(model_of(scenes, decoder), batches, calibration_loss)
+    views = composed(device)[2].reshape(COPIES, 20, -1)
+    assert np.corrcoef(views[0, 0] - views[1, 0], views[2, 0])[0, 1] < 0.1
+    assert not np.array_equal(views[0], views[1])
+
+
+def test_targets_of_a_decoder_are_those_of_the_host(scenes):
+    batches = Batches(scenes, Normalisation(np.full(10, 5000.0)), 20, seed=1)
+    device = OnDevice(vae(10, seed=1), batches, cross_entropy)
+    np.testing.assert_allclose(composed(device)[3], batches[2][1], atol=1e-6)
+
+
+def test_codes_that_a_device_does_not_know_stay_with_the_host(scenes, decoder):
+    units = Normalisation(np.full(10, 5000.0))
+    code = fit_code(scenes, units, scenes.survey)
+    assert not composes(EncoderBatches(scenes, units, 20, 1, code=code))
+    assert composes(batches_of(EncoderBatches, scenes, decoder))
+    assert composes(Batches(scenes, units, 20))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_training_on_the_device(kind, scenes, decoder, monkeypatch, tmp_path):
+    """It learns, leaves the components alone, and goes on where it stopped."""
+    monkeypatch.setattr(fitting, "accelerators", lambda: 1)
+
+    def train(folder, stop_after=None):
+        keras.utils.set_random_seed(1)
+        model = model_of(scenes, decoder)
+        training = batches_of(kind, scenes, decoder)
+        if stop_after:
+            monkeypatch.setattr(fitting.Checkpoint, "over", lambda self: True)
+        watched = batches_of(kind, scenes, decoder, augment=False)
+        history = fitting.fit(
+            model, training, watched, 2, 1e-3, LOSSES[kind], tmp_path / folder
+        )
+        monkeypatch.undo()
+        monkeypatch.setattr(fitting, "accelerators", lambda: 1)
+        return model, history
+
+    images = decoder.get_weights()[0]
+    whole, history = train("whole")
+    losses = history.curve["val_loss"]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert history.images_seen == 200
+    np.testing.assert_array_equal(decoder.get_weights()[0], images)
+    train("parts", stop_after=1)
+    resumed, again = train("parts")
+    assert again.curve["val_loss"] == losses
+    for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
