@@ -9,7 +9,13 @@ import deblender
 from deblender import linear, training, weights
 from deblender.batches import RepeatedBatches
 from deblender.drawing import draw
-from deblender.networks import COPIES, LEEWAY, MISTAKEN, calibration_loss
+from deblender.networks import (
+    COPIES,
+    LEEWAY,
+    MISTAKEN,
+    calibration_loss,
+    in_widths,
+)
 from deblender.normalisation import NoiseUnits
 
 
@@ -111,6 +117,18 @@ def test_loss_against_bias_in_closed_form(mistaken):
     sizes = size**2 + bias**2 + mistaken**2
     expected = np.log(width) + (point + sizes) / (2 * width**2)
     assert float(keras.ops.mean(found)) == pytest.approx(expected, rel=0.003)
+
+
+def test_errors_far_astray_count_as_their_logarithm():
+    """As a Gaussian up to 30 widths; value and slope go on without a step."""
+    error = np.array([-1e7, -30.0, -2.0, 0.0, 29.9, 30.1, 1e7], np.float32)
+    tensor = keras.ops.convert_to_tensor(error)
+    held = keras.ops.convert_to_numpy(in_widths(2 * tensor, 2.0))
+    np.testing.assert_allclose(held[1:5], error[1:5], rtol=1e-6)
+    far = 30**2 * (0.5 + np.log(1e7 / 30))
+    np.testing.assert_allclose(held[[0, 6]] ** 2 / 2, far, rtol=1e-5)
+    slope = (held[5] ** 2 - held[4] ** 2) / 2 / (error[5] - error[4])
+    assert slope == pytest.approx(30, rel=0.01)
 
 
 def test_copies_share_the_blend_and_not_the_noise(blends, units):

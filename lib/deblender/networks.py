@@ -19,6 +19,9 @@ HIDDEN = 256
 KL_WEIGHT = 1e-2  # the beta of section 3.2
 SMALLEST_WIDTH = 1e-6  # keeps the logarithm of the KL divergence finite
 SMALLEST_CODE_WIDTH = 1e-3  # the same for the likelihood of a code
+# Errors beyond this many widths, of blends unlike all others, grow in the loss as their
+# logarithm: else one of them, of 10^7 widths, drowns what a training says of itself.
+ASTRAY = 30.0
 COPIES = 4  # of a blend, with other noise, by which its bias is seen
 LEEWAY = 0.1  # weight of the variance beside the squared bias
 MISTAKEN = 0.25  # weight of what neighbours do to a target, squared, beside the same
@@ -156,15 +159,28 @@ def side_by_side(encoder: keras.Model) -> keras.Model:
     return keras.Model(encoder.input, ops.concatenate(encoder.outputs, axis=-1))
 
 
+def in_widths(error, width):
+    """Errors in units of their width, held back beyond ASTRAY.
+
+    Half their square is that of a Gaussian up to there, and then goes on as a
+    logarithm, without a step or a bend.
+    """
+    error = error / width
+    beyond = ops.log(ops.maximum(ops.abs(error), ASTRAY) / ASTRAY)
+    held = ops.sign(error) * ASTRAY * ops.sqrt(1 + 2 * beyond)
+    return ops.where(beyond > 0, held, error)
+
+
 def latent_likelihood(code, latent):
     """Minus the logarithm of the likelihood of a code, up to a constant, in nats.
 
     `code` (batch, latent); `latent` (batch, 2 * latent), mean and width of a Gaussian;
-    returns (batch,).
+    returns (batch,). Errors are those of `in_widths`.
     """
     mean, width = ops.split(latent, 2, axis=-1)
     width = ops.maximum(width, SMALLEST_CODE_WIDTH)
-    return ops.sum(ops.log(width) + 0.5 * ops.square((code - mean) / width), axis=-1)
+    error = in_widths(code - mean, width)
+    return ops.sum(ops.log(width) + 0.5 * ops.square(error), axis=-1)
 
 
 def calibration_loss(code, latent):
@@ -180,8 +196,9 @@ def calibration_loss(code, latent):
     """
     mean, width = ops.split(latent, 2, axis=-1)
     width = ops.maximum(width, SMALLEST_CODE_WIDTH)
-    error = (code - mean) / ops.stop_gradient(width)
-    sizes = ops.log(width) + 0.5 * ops.square(ops.stop_gradient(code - mean) / width)
+    error = in_widths(code - mean, ops.stop_gradient(width))
+    known = ops.stop_gradient(code - mean)
+    sizes = ops.log(width) + 0.5 * ops.square(in_widths(known, width))
     error = ops.reshape(error, (2, COPIES // 2, -1, error.shape[-1]))
     sizes = ops.reshape(sizes, (COPIES, -1, sizes.shape[-1]))  # (copy, blend, latent)
     squares = ops.sum(ops.square(error), axis=(0, 1))

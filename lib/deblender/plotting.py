@@ -57,7 +57,7 @@ ARROW = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 0, "shrinkB": 0}
 WIDTH = 7.0  # inches, at which this text can still be read on a phone
 STYLE = {"font.size": 11, "legend.fontsize": 10.5, "axes.titlesize": 11}
 TICK_SIZE = 10
-COMMON = 95  # percentile of a loss, above which it is rare
+COMMON = 90  # percentile of a loss, above which it is rare
 
 _recorded: dict[str, dict[str, Any]] = {}  # by this process: file stem to numbers
 
