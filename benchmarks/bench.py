@@ -252,10 +252,7 @@ def training() -> dict:
     decoder = linear.decoder(of)
     second = networks.side_by_side(linear.encoder(of, decoder))
     keras.config.set_dtype_policy("float32")
-    project = linear.project(decoder)
-
-    def code(stamps: np.ndarray) -> np.ndarray:
-        return project(units.forward(stamps))
+    code = linear.Code(decoder, units)
 
     def few(batch_size: int = 16) -> Batches:
         return Batches(scenes, eq4, batch_size, seed=1)
