@@ -2,9 +2,7 @@
 
 import hashlib
 import os
-import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -17,6 +15,7 @@ from astropy.io import fits
 from astropy.table import Table
 
 from . import synthetic
+from .files import make_once
 from .surveys import Survey, survey
 
 LIMITING_MAGNITUDE = 27.5  # r band, AB (section 2.1.2)
@@ -40,22 +39,6 @@ def cache_folder() -> Path:
     """Folder of everything that can be computed again; `DEBLENDER_CACHE` moves it."""
     default = platformdirs.user_cache_path("deblender")
     return Path(os.environ.get("DEBLENDER_CACHE", default))
-
-
-def build_once(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Fill `folder` with `write` unless it exists; a half-written one never shows."""
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-        try:
-            write(scratch)
-            os.replace(scratch, folder)
-        except OSError:
-            if not folder.is_dir():  # no other process was faster
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return folder
 
 
 @cache
@@ -183,7 +166,14 @@ def _synthetic(name: str, real: bool) -> Path:
     """Folder of a synthetic catalogue, named after the code that draws it."""
     code = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:12]
     kind, write = SYNTHETIC[name, real]
-    return build_once(cache_folder() / f"{kind}-{code}", write)
+    folder = cache_folder() / f"{kind}-{code}"
+
+    def make() -> None:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as half:
+            write(Path(half) / kind)
+            os.replace(Path(half) / kind, folder)
+
+    return make_once(folder, make)
 
 
 def _fits_of(main: Path) -> Path:

@@ -2,7 +2,10 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
 
 
 def data_folder(installed: str, in_checkout: str) -> Path:
@@ -10,6 +13,19 @@ def data_folder(installed: str, in_checkout: str) -> Path:
     package = Path(__file__).parent
     folder = package / installed
     return folder if folder.is_dir() else package.parents[1] / in_checkout
+
+
+def make_once(folder: Path, make: Callable[[], None]) -> Path:
+    """Call `make`, which puts `folder` in place, unless it is there.
+
+    A process that asks for what another is making waits for it.
+    """
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():  # no other process was faster
+                make()
+    return folder
 
 
 def write_whole(file: Path, content: bytes) -> None:

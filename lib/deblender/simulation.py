@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,6 @@ import astropy.units as u
 import galsim
 import numpy as np
 from astropy.table import Table
-from filelock import FileLock
 from photutils.centroids import centroid_com
 from photutils.detection import find_peaks
 from photutils.utils.exceptions import NoDetectionsWarning
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from .catalogues import SPLITS, Catalogue, cache_folder, catalogue
 from .drawing import draw
+from .files import make_once
 from .measurement import b_closest, b_total, ellipticities, signal_to_noise
 from .surveys import STAMP_SIZE, Survey, per_pixel, survey
 from .workers import spread
@@ -229,11 +229,7 @@ def simulate(
         offsets=_offsets(catalogue, max_galaxies, centring),
     )
     folder = cache_folder() / "scenes" / task.key
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():  # no other process was faster
-                _draw_all(task, folder, processes, client)
+    make_once(folder, partial(_draw_all, task, folder, processes, client))
     return _open(folder, survey, task)
 
 
@@ -516,12 +512,12 @@ def _draw_all(
     Chunks are written whole (a file is renamed into place after its stamps), so an
     interrupted run goes on where it stopped.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    partial.mkdir(exist_ok=True)
+    half = folder.with_name(f"{folder.name}.partial")
+    half.mkdir(exist_ok=True)
     counts = task.counts()
-    _allocate(partial, task, int(counts.sum()))
+    _allocate(half, task, int(counts.sum()))
     starts = range(0, task.n_scenes, CHUNK)
-    missing = [s for s in starts if not _chunk(partial, s).exists()]
+    missing = [s for s in starts if not _chunk(half, s).exists()]
     label = f"{task.survey} {'isolated' if task.max_galaxies == 1 else 'blends'}"
     with tqdm(
         total=task.n_scenes,
@@ -531,9 +527,9 @@ def _draw_all(
         leave=False,
     ) as bar:
         for drawn in spread(_draw_chunk, task, missing, client, processes):
-            bar.update(_keep_chunk(partial, counts, *drawn))
-    _merge(partial, starts)
-    os.replace(partial, folder)
+            bar.update(_keep_chunk(half, counts, *drawn))
+    _merge(half, starts)
+    os.replace(half, folder)
 
 
 @lru_cache(maxsize=1)

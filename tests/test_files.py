@@ -1,0 +1,33 @@
+"""What is made once, whoever asks, and is whole or not there."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from deblender.files import make_once
+
+
+def test_who_asks_second_waits_and_makes_nothing(tmp_path):
+    folder, made = tmp_path / "cache" / "thing", []
+
+    def make():
+        made.append(folder)
+        time.sleep(0.2)
+        folder.mkdir()
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(make_once, folder, make) for _ in range(2)]
+        assert [one.result() for one in asked] == [folder, folder]
+    assert len(made) == 1 and folder.is_dir()
+
+
+def test_a_failure_leaves_nothing_in_the_way(tmp_path):
+    folder = tmp_path / "thing"
+
+    def fail():
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        make_once(folder, fail)
+    assert make_once(folder, folder.mkdir) == folder
