@@ -57,7 +57,7 @@ ARROW = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 0, "shrinkB": 0}
 WIDTH = 7.0  # inches, at which this text can still be read on a phone
 STYLE = {"font.size": 11, "legend.fontsize": 10.5, "axes.titlesize": 11}
 TICK_SIZE = 10
-COMMON = 90  # percentile of a loss, above which it is rare
+RARE = 6, 90  # percentiles of a loss, below and above which it is rare
 
 _recorded: dict[str, dict[str, Any]] = {}  # by this process: file stem to numbers
 
@@ -344,7 +344,7 @@ def training_curve(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figur
     """Training and validation loss against images seen, a panel a network.
 
     `curves`: label to the `curve` of a `training.History`. Each has its own axis, for
-    a loss sums over the pixels of all its bands, and what is far above most is not
+    a loss sums over the pixels of all its bands, and what is far from most is not
     shown.
     """
     fig, axes = _figure(1, len(curves), 3.0)
@@ -356,9 +356,10 @@ def training_curve(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figur
         ax.set(title=label, xlabel="images seen", xlim=(0, None))
         ax.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 600k
-        # A rare batch of huge loss leaves the panel, and does not flatten the rest.
+        # A rare batch of huge loss leaves the panel, and does not flatten the rest;
+        # nor does what rounding left of the mean after it.
         losses = np.concatenate([curve["loss"], curve["val_loss"]])
-        low, high = np.min(losses), np.percentile(losses, COMMON)
+        low, high = np.percentile(losses, RARE)
         margin = 0.05 * (high - low) or 1.0
         ax.set_ylim(low - margin, high + 9 * margin)  # room for the legend
         ax.legend(loc="upper right", edgecolor="none", framealpha=1)
