@@ -144,18 +144,17 @@ def test_copies_share_the_blend_and_not_the_noise(blends, units):
     assert np.std(sums[:20] - sums[20:40]) < 3 * 64 * np.sqrt(2)
 
 
-def test_neighbours_turn_about_the_centre(blends, units):
-    batches = RepeatedBatches(
-        blends, units, 20, augment=False, code=lambda t: t[:, 0, 0]
-    )
+@pytest.mark.parametrize("centring", ["exact", "pixel"])
+def test_neighbours_turn_about_the_centre(centring, synthetic, survey, units):
+    few = deblender.simulate(synthetic, survey, 20, centring=centring, seed=3)
+    batches = RepeatedBatches(few, units, 20, augment=False, code=lambda t: t[:, 0, 0])
     batches.noisy = lambda blend, rng: blend
     views, _ = batches[0]
     views = views.reshape(COPIES, 20, *views.shape[1:])
-    target, first = blends.target[:20], blends.blend[:20]
-    turned = np.rot90(first - target, axes=(1, 2))
-    for copy, neighbours in enumerate([first - target] * 2 + [turned] * 2):
-        np.testing.assert_allclose(views[copy] - target, neighbours, atol=0.05)
-    assert not np.allclose(turned, first - target, atol=1)
+    turned = np.rot90(few.blend - few.target, axes=(1, 2))
+    for copy, neighbours in enumerate([few.blend - few.target] * 2 + [turned] * 2):
+        np.testing.assert_allclose(views[copy] - few.target, neighbours, atol=0.05)
+    assert not np.allclose(turned, few.blend - few.target, atol=1)
 
 
 def test_training_noise_has_the_variance_of_poisson(blends, units, survey):

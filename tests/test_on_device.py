@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from deblender import fitting, linear
-from deblender.batches import Batches, EncoderBatches, RepeatedBatches
+from deblender.batches import (
+    Batches,
+    DecoderBatches,
+    EncoderBatches,
+    RepeatedBatches,
+)
 from deblender.catalogues import catalogue
 from deblender.networks import (
     COPIES,
@@ -46,19 +51,36 @@ def model_of(scenes, decoder):
     return side_by_side(linear.encoder(scenes.survey, decoder))
 
 
-def composed(device, index=2):
+def composed(device, monkeypatch, index=2):
+    """Targets, neighbours, noisy blends and answers, as a training sees them."""
+    found = []
+
+    def pairs(*galaxies_and_seed):
+        noisy, answer = type(device).pairs(device, *galaxies_and_seed)
+        found.extend([*galaxies_and_seed[:2], noisy, answer])
+        return noisy, answer
+
     (units,) = UnitBatches(device.batches)[index]
-    units = {name: keras.ops.convert_to_tensor(x) for name, x in units.items()}
-    galaxies = device.galaxies(units)
-    pairs = device.pairs(*galaxies)
-    return [keras.ops.convert_to_numpy(x) for x in (*galaxies, *pairs)]
+    device(units)  # which builds it, with symbols in place of numbers
+    monkeypatch.setattr(device, "pairs", pairs)
+    device(units, training=True)
+    return [keras.ops.convert_to_numpy(x) for x in found]
+
+
+@pytest.fixture(params=["float32", "mixed_bfloat16"])
+def precision(request):
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_dtype_policy("float32")
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_galaxies_and_codes_are_those_of_the_host(kind, scenes, decoder):
+def test_galaxies_and_codes_are_those_of_the_host(
+    kind, scenes, decoder, precision, monkeypatch
+):
     batches = batches_of(kind, scenes, decoder, swap_neighbours=True)
     device = OnDevice(model_of(scenes, decoder), batches, LOSSES[kind])
-    target, rest, noisy, code = composed(device)
+    target, rest, noisy, code = composed(device, monkeypatch)
     expected, blend, _ = batches.draw(2)
     peak = blend.max(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(target / peak, expected / peak, atol=1e-6)
@@ -72,18 +94,31 @@ def test_galaxies_and_codes_are_those_of_the_host(kind, scenes, decoder):
     assert np.mean((noisy - theirs) / survey_noise) == pytest.approx(0, abs=0.005)
 
 
-def test_each_view_has_its_own_noise(scenes, decoder):
+def test_each_view_has_its_own_noise(scenes, decoder, monkeypatch):
     batches = batches_of(RepeatedBatches, scenes, decoder)
     device = OnDevice(model_of(scenes, decoder), batches, calibration_loss)
-    views = composed(device)[2].reshape(COPIES, 20, -1)
-    assert np.corrcoef(views[0, 0] - views[1, 0], views[2, 0])[0, 1] < 0.1
-    assert not np.array_equal(views[0], views[1])
+    target, rest, noisy, _ = composed(device, monkeypatch)
+    turned = target + np.rot90(rest, axes=(1, 2))
+    blends = np.concatenate([target + rest] * 2 + [turned] * 2)
+    noise = noisy - blends / np.sqrt(scenes.survey.sky)
+    noise /= np.sqrt(1 + blends / scenes.survey.sky)
+    alike = np.corrcoef(noise.reshape(COPIES, -1))
+    np.testing.assert_allclose(alike, np.eye(COPIES), atol=0.01)
 
 
-def test_targets_of_a_decoder_are_those_of_the_host(scenes):
+def test_validation_sees_the_same_noise_again(scenes, decoder):
+    batches = batches_of(EncoderBatches, scenes, decoder, augment=False)
+    device = OnDevice(model_of(scenes, decoder), batches, latent_likelihood)
+    device.compile("sgd", loss=None)
+    first, again = (device.evaluate(UnitBatches(batches), verbose=0) for _ in range(2))
+    assert first == again
+
+
+def test_targets_of_a_decoder_are_those_of_the_host(scenes, monkeypatch):
     batches = Batches(scenes, Normalisation(np.full(10, 5000.0)), 20, seed=1)
     device = OnDevice(vae(10, seed=1), batches, cross_entropy)
-    np.testing.assert_allclose(composed(device)[3], batches[2][1], atol=1e-6)
+    answer = composed(device, monkeypatch)[3]
+    np.testing.assert_allclose(answer, batches[2][1], atol=1e-6)
 
 
 def test_codes_that_a_device_does_not_know_stay_with_the_host(scenes, decoder):
@@ -92,14 +127,22 @@ def test_codes_that_a_device_does_not_know_stay_with_the_host(scenes, decoder):
     assert not composes(EncoderBatches(scenes, units, 20, 1, code=code))
     assert composes(batches_of(EncoderBatches, scenes, decoder))
     assert composes(Batches(scenes, units, 20))
+    assert not composes(batches_of(DecoderBatches, scenes, decoder))
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_training_on_the_device(kind, scenes, decoder, monkeypatch, tmp_path):
     """It learns, leaves the components alone, and goes on where it stopped."""
-    monkeypatch.setattr(fitting, "accelerators", lambda: 1)
+
+    def host(self, index):
+        raise AssertionError("composed by the host")
+
+    def use_device():
+        monkeypatch.setattr(fitting, "accelerators", lambda: 1)
+        monkeypatch.setattr(kind, "__getitem__", host)
 
     def train(folder, stop_after=None):
+        use_device()
         keras.utils.set_random_seed(1)
         model = model_of(scenes, decoder)
         training = batches_of(kind, scenes, decoder)
@@ -110,7 +153,6 @@ def test_training_on_the_device(kind, scenes, decoder, monkeypatch, tmp_path):
             model, training, watched, 2, 1e-3, LOSSES[kind], tmp_path / folder
         )
         monkeypatch.undo()
-        monkeypatch.setattr(fitting, "accelerators", lambda: 1)
         return model, history
 
     images = decoder.get_weights()[0]
@@ -124,3 +166,16 @@ def test_training_on_the_device(kind, scenes, decoder, monkeypatch, tmp_path):
     assert again.curve["val_loss"] == losses
     for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_training_does_not_change_who_composes(
+    scenes, decoder, monkeypatch, tmp_path
+):
+    model, training = (
+        model_of(scenes, decoder),
+        batches_of(EncoderBatches, scenes, decoder),
+    )
+    fitting.fit(model, training, None, 1, 1e-3, latent_likelihood, tmp_path)
+    monkeypatch.setattr(fitting, "accelerators", lambda: 1)
+    with pytest.raises(ValueError, match="'on_device': False.*'on_device': True"):
+        fitting.fit(model, training, None, 1, 1e-3, latent_likelihood, tmp_path)

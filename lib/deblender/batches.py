@@ -155,7 +155,8 @@ class RepeatedBatches(EncoderBatches):
 
     A batch has its blends in order, then all of them again, and so on; in its second
     half neighbours are turned by 90 degrees about the centre of the stamp. They stay as
-    far from it as they were, so the target remains the galaxy nearest to it.
+    far from it as they were, so the target remains the galaxy nearest to it, though a
+    detected peak may no longer be the brightest.
     """
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:

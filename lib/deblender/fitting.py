@@ -16,7 +16,7 @@ from .batches import Batches
 from .files import write_whole
 from .networks import calibration_loss, cross_entropy, latent_likelihood
 from .on_device import OnDevice, UnitBatches, accelerators, composes
-from .weights import dump_variables, fill_variables
+from .weights import dump_variables, dumped_state, fill_variables
 
 LEARNING_RATE = 1e-3
 WARM_UP = 100  # steps
@@ -116,12 +116,13 @@ class Checkpoint(keras.callbacks.Callback):
         """Go back to the last checkpoint; returns the number of epochs done."""
         if not self.last.is_file():
             return 0
-        state = fill_variables(self._variables(model), self.last)
+        state = dumped_state(self.last)
         if state["setting"] != self.setting:
             raise ValueError(
                 f"{self.last} was written by a training of {state['setting']}; "
                 f"accepted: {self.setting}, or another folder"
             )
+        fill_variables(self._variables(model), self.last)
         self.recorder.history = History(**state["history"])
         self.recorder.steps = state["epochs"] * len(self.recorder.batches)
         for _ in range(state["epochs"]):
@@ -168,11 +169,12 @@ def fit(
     weights of the best epoch. What `watch` returns after each epoch joins the history.
 
     Raises ValueError if the checkpoint in `folder` is of another training: of other
-    galaxies, first weights, seed, epochs or learning rate.
+    galaxies, first weights, seed, epochs or learning rate, or composed elsewhere.
     """
     optimiser = _adam(epochs * len(batches), learning_rate, loss)
     recorder, fed = Recorder(batches, epochs, watch), batches
-    if accelerators() and composes(batches):
+    on_device = bool(accelerators()) and composes(batches)
+    if on_device:
         model, fed, loss = OnDevice(model, batches, loss), UnitBatches(batches), None
         validation = validation and UnitBatches(validation)
     model.compile(optimiser, loss=loss)
@@ -182,7 +184,7 @@ def fit(
         model.optimizer.build(model.trainable_variables)
         setting = {"epochs": epochs, "learning_rate": learning_rate}
         setting |= {"seed": batches.seed, "data": _digest([batches.scenes.flux])}
-        setting |= {"start": _digest(model.get_weights())}
+        setting |= {"start": _digest(model.get_weights()), "on_device": on_device}
         checkpoint = Checkpoint(folder, recorder, setting)
         done = checkpoint.resume(model)
         callbacks.append(checkpoint)

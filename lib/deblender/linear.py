@@ -199,14 +199,15 @@ class Code:
     """
 
     def __init__(self, decoder: keras.Model, units: NoiseUnits):
-        self.units, self.project = units, project(decoder)
+        self.units = units
         self.images, self.sizes = decoder.get_weights()
 
     def __call__(self, stamps: np.ndarray) -> np.ndarray:
-        return self.project(self.units.forward(stamps))
+        flat = self.units.forward(stamps).reshape(len(stamps), -1)
+        return flat @ self.images.T / self.sizes
 
-    def on_device(self, stamps):
-        """The same of a tensor, which is in units of the noise."""
+    def of_normalised(self, stamps):
+        """The same of a tensor that is in units of the noise already."""
         flat = ops.reshape(stamps, (-1, self.images.shape[1]))
         return ops.matmul(flat, self.images.T) / self.sizes
 

@@ -51,24 +51,27 @@ class OnDevice(keras.Model):
     """
 
     def __init__(self, model: keras.Model, batches: Batches, loss: Callable):
-        super().__init__()
+        # Fluxes and stamps keep their digits, whatever the precision of `model`.
+        super().__init__(dtype="float32", autocast=False)
         self.model, self.loss_of, self.batches = model, loss, batches
         self.generator = keras.random.SeedGenerator(batches.seed)
 
-    def call(self, units: dict):
-        noisy, answer = self.pairs(*self.galaxies(units))
+    def call(self, units: dict, training: bool = False):
+        # Validation sees one and the same noise in each of its batches and epochs.
+        seed = self.generator if training else self.batches.seed
+        noisy, answer = self.pairs(*self.galaxies(units), seed)
         said = self.model(noisy)
         self.add_loss(ops.mean(self.loss_of(answer, said)))
         return said
 
-    def pairs(self, target, rest) -> tuple:
+    def pairs(self, target, rest, seed) -> tuple:
         """Normalised noisy blends and answers, from noiseless galaxies in electrons."""
         answer, blend = self.answer(target), target + rest
         if isinstance(self.batches, RepeatedBatches):
             other, half = target + quarter_turn(rest), COPIES // 2
             blend = ops.concatenate([blend] * half + [other] * half)
             answer = ops.tile(answer, (COPIES, 1))
-        return self.normalised(self.noisy(blend)), answer
+        return self.normalised(self.noisy(blend, seed)), answer
 
     def galaxies(self, units: dict) -> tuple:
         """Noiseless targets and sums of neighbours, electrons (image, y, x, band)."""
@@ -81,10 +84,10 @@ class OnDevice(keras.Model):
         both = ops.concatenate(targets, -1), ops.concatenate(rests, -1)
         return tuple(turn(images, units["turns"]) for images in both)
 
-    def noisy(self, blend):
+    def noisy(self, blend, seed):
         """Blends with the noise of sky and sources, the mean sky subtracted."""
         sky = ops.convert_to_tensor(self.batches.scenes.survey.sky, "float32")
-        noise = keras.random.normal(ops.shape(blend), seed=self.generator)
+        noise = keras.random.normal(ops.shape(blend), seed=seed)
         return blend + noise * ops.sqrt(ops.maximum(blend + sky, 0.0))
 
     def normalised(self, images):
@@ -95,7 +98,7 @@ class OnDevice(keras.Model):
     def answer(self, target):
         """What `model` should say of targets, (image, ...)."""
         if isinstance(self.batches, EncoderBatches):
-            return self.batches.code.on_device(self.normalised(target))
+            return self.batches.code.of_normalised(self.normalised(target))
         return ops.maximum(self.normalised(target), 0.0)
 
 
@@ -106,6 +109,10 @@ def accelerators() -> int:
 
 def devices() -> list[str]:
     """Devices that the backend lists: GPUs where there are some, or else processors."""
+    if keras.backend.backend() == "torch":  # of which Keras lists none
+        import torch
+
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     try:
         return keras.distribution.list_devices()
     except (AttributeError, NotImplementedError):  # not with every backend
@@ -113,8 +120,11 @@ def devices() -> list[str]:
 
 
 def composes(batches: Batches) -> bool:
-    """Whether a device can compose them: not the codes of every kind of code."""
-    return not isinstance(batches, EncoderBatches) or hasattr(batches.code, "on_device")
+    """Whether a device can compose them: not every kind, and not every code."""
+    if type(batches) is Batches:
+        return True
+    known = type(batches) in (EncoderBatches, RepeatedBatches)
+    return known and hasattr(batches.code, "of_normalised")
 
 
 def turn(images, turns):

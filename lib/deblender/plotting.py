@@ -57,7 +57,7 @@ ARROW = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 0, "shrinkB": 0}
 WIDTH = 7.0  # inches, at which this text can still be read on a phone
 STYLE = {"font.size": 11, "legend.fontsize": 10.5, "axes.titlesize": 11}
 TICK_SIZE = 10
-RARE = 6, 90  # percentiles of a loss, below and above which it is rare
+MIDDLE, REACH = (10, 90), 1.5  # percentiles of a loss; how far beyond them it is rare
 
 _recorded: dict[str, dict[str, Any]] = {}  # by this process: file stem to numbers
 
@@ -177,8 +177,11 @@ def _scale_bar(ax: Axes) -> None:
     side = ax.get_xlim()[1] - ax.get_xlim()[0]
     length = 5 if side > 15 else 2 if side > 5 else 1  # arcsec
     x = y = -0.45 * side
-    ax.plot([x, x + length], [y, y], color="white", lw=2, solid_capstyle="butt")
-    ax.text(x, y + 0.03 * side, f'{length}"', color="white", size=TICK_SIZE)
+    pixels = ax.images[0].get_array()
+    light = pixels.ndim == 3 and pixels.mean() > 0.5  # in colours, and not dark
+    look = {"color": "black" if light else "white"}
+    ax.plot([x, x + length], [y, y], lw=2, solid_capstyle="butt", **look)
+    ax.text(x, y + 0.03 * side, f'{length}"', size=TICK_SIZE, **look)
 
 
 @plt.rc_context(STYLE)
@@ -348,10 +351,10 @@ def training_curve(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figur
     shown.
     """
     fig, axes = _figure(1, len(curves), 3.0)
+    look = {"color": "black", "mfc": "white"}
     for ax, (label, style) in zip(axes[0], _styles(list(curves)).items(), strict=True):
         curve, color = curves[label], style["color"]
-        ax.plot(curve["images"], curve["loss"], "-", color=color, label="training")
-        look = {"color": "black", "mfc": "white", "label": "validation"}
+        ax.plot(curve["images"], curve["loss"], "-", color=color)
         ax.plot(curve["val_images"], curve["val_loss"], "s", **look)
         ax.set(title=label, xlabel="images seen", xlim=(0, None))
         ax.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
@@ -359,11 +362,14 @@ def training_curve(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figur
         # A rare batch of huge loss leaves the panel, and does not flatten the rest;
         # nor does what rounding left of the mean after it.
         losses = np.concatenate([curve["loss"], curve["val_loss"]])
-        low, high = np.percentile(losses, RARE)
-        margin = 0.05 * (high - low) or 1.0
-        ax.set_ylim(low - margin, high + 9 * margin)  # room for the legend
-        ax.legend(loc="upper right", edgecolor="none", framealpha=1)
+        low, high = np.percentile(losses, MIDDLE)
+        far = REACH * (high - low)
+        usual = losses[(losses >= low - far) & (losses <= high + far)]
+        margin = 0.05 * np.ptp(usual) or 1.0
+        ax.set_ylim(usual.min() - margin, usual.max() + margin)
     axes[0, 0].set_ylabel("loss (nats a stamp)")
+    handles = [Line2D([], [], color="grey"), Line2D([], [], marker="s", ls="", **look)]
+    _legend(fig, ["training", "validation"], handles)
     return fig
 
 

@@ -218,10 +218,15 @@ def train_linear(
         size = LINEAR_BATCH_SIZE // (COPIES if kind is RepeatedBatches else 1)
         return kind(scenes, units, size, seed, code=code, **kwargs)
 
-    parts = list(watched.take(slice(WATCHED)).batches())  # their noise is drawn once
+    # Noise is drawn once; `replace` lets go of the other images that scenes composed.
+    few = watched.take(slice(WATCHED)).batches()
+    few = [(scenes.noisy, replace(scenes)) for scenes in few]
 
     def watch() -> dict[str, float]:
-        tables = [compare(network.deblend(x.noisy).image, x, survey) for x in parts]
+        tables = [
+            compare(network.deblend(noisy).image, replace(scenes), survey)
+            for noisy, scenes in few
+        ]
         numbers = statistics(vstack(tables, metadata_conflicts="silent"))
         return {name: numbers[name] for name in ("slope", "sigma_de", "sigma_dr")}
 

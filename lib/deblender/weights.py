@@ -381,7 +381,6 @@ def fill_variables(variables: list[keras.Variable], file: Path) -> dict:
     """
     with safe_open(file, "np") as content:
         values = [content.get_tensor(key) for key in sorted(content.keys())]
-        state = json.loads(content.metadata()["state"])
     if [v.shape for v in values] != [tuple(v.shape) for v in variables]:
         raise ValueError(
             f"{file} holds {len(values)} variables of another model; accepted: "
@@ -389,7 +388,13 @@ def fill_variables(variables: list[keras.Variable], file: Path) -> dict:
         )
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
-    return state
+    return dumped_state(file)
+
+
+def dumped_state(file: Path) -> dict:
+    """The state that `dump_variables` wrote."""
+    with safe_open(file, "np") as content:
+        return json.loads(content.metadata()["state"])
 
 
 def _sha256(content: bytes) -> str:
