@@ -300,3 +300,10 @@ def test_posterior_without_a_measured_draw_is_an_empty_panel(recwarn):
     fig = plotting.posterior(image, {"lsst": nothing}, {"lsst": something})
     assert len(fig.axes[1].patches) == 0 < len(fig.axes[2].patches)
     assert not recwarn.list
+
+
+def test_whole_numbers_of_a_table_are_grouped():
+    page = plotting.show(
+        {"network": ["a"], "blends": [1968000], "slope": ["-0.1"]}
+    ).data
+    assert "<td>1,968,000</td>" in page and "<td>-0.1</td>" in page

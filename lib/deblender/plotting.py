@@ -780,10 +780,14 @@ def _plain(value: Any) -> Any:
 
 
 def show(columns: Mapping[str, Sequence]) -> Any:
-    """Columns by title, as a table of a notebook."""
+    """Columns by title, as a table of a notebook; whole numbers as 1,000."""
     from IPython.display import HTML  # there in every notebook, not in every script
 
-    return HTML("".join(Table(columns).pformat(html=True, show_dtype=False)))
+    table = Table(columns)
+    for column in table.itercols():
+        if column.dtype.kind == "i":
+            column.format = "{:,}"
+    return HTML("".join(table.pformat(html=True, show_dtype=False)))
 
 
 def _glue(name: str, value: int | float | str) -> None:
