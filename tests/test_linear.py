@@ -68,7 +68,7 @@ def test_amplitude_is_a_signal_to_noise_ratio(survey):
 def test_decoder_and_projection_are_inverse(network):
     latent = np.random.default_rng(1).normal(size=(3, linear.N_COMPONENTS)).astype("f4")
     stamps = keras.ops.convert_to_numpy(network.decoder(latent))
-    again = linear.project(network.decoder)(stamps)
+    again = linear.Code(network.decoder, network.normalisation).of_normalised(stamps)
     np.testing.assert_allclose(again, latent, atol=0.02)
 
 
@@ -201,8 +201,8 @@ def test_linear_decoder_does_not_dream(network):
 
 def test_samples_have_the_widths_of_the_encoder(network, blends):
     result = network.deblend(blends.take(np.arange(2)).noisy, n_samples=300)
-    flat = network.normalisation.forward(result.samples).reshape(-1, 64, 64, 6)
-    latent = linear.project(network.decoder)(flat).reshape(300, 2, -1)
+    code = linear.Code(network.decoder, network.normalisation)
+    latent = code(result.samples.reshape(-1, 64, 64, 6)).reshape(300, 2, -1)
     np.testing.assert_allclose(latent.std(axis=0) / result.latent_width, 1, atol=0.25)
 
 

@@ -1,5 +1,6 @@
 """What a device composes is what the host would, but for the noise."""
 
+import keras
 import numpy as np
 import pytest
 
@@ -25,7 +26,6 @@ from deblender.principal import fit_code
 from deblender.simulation import simulate
 from deblender.surveys import survey
 
-keras = pytest.importorskip("keras")
 LOSSES = {EncoderBatches: latent_likelihood, RepeatedBatches: calibration_loss}
 
 

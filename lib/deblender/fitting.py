@@ -163,10 +163,10 @@ def fit(
     """Train with Adam, clipped gradients, a short warm-up and a cosine decay to zero.
 
     Only what `model` leaves trainable changes. Where there is a GPU, it composes the
-    batches too. With a `folder`, each epoch leaves a
-    checkpoint in it; a training that was stopped goes on from there, to the same bits,
-    ends once the validation loss has not improved for PATIENCE epochs, and leaves the
-    weights of the best epoch. What `watch` returns after each epoch joins the history.
+    batches too. With a `folder`, each epoch leaves a checkpoint in it; a training that
+    was stopped goes on from there, to the same bits, ends once the validation loss has
+    not improved for PATIENCE epochs, and leaves the weights of the best epoch. What
+    `watch` returns after each epoch joins the history.
 
     Raises ValueError if the checkpoint in `folder` is of another training: of other
     galaxies, first weights, seed, epochs or learning rate, or composed elsewhere.

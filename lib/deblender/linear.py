@@ -6,8 +6,6 @@ has a linear path too: the stamp projected on the components, which convolutions
 correct for neighbours and noise.
 """
 
-from collections.abc import Callable
-
 import keras
 import numpy as np
 from keras import layers, ops
@@ -180,22 +178,11 @@ def _align(stamp: keras.KerasTensor, survey: Survey) -> keras.KerasTensor:
     return layers.Concatenate()(parts) if len(parts) > 1 else parts[0]
 
 
-def project(decoder: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from noiseless stamps to the latent vectors nearest to them.
-
-    The function takes (scene, y, x, band) in units of the noise and returns
-    (scene, latent). It keeps a copy of the components, because JAX takes a model's
-    weights away while it trains.
-    """
-    images, sizes = decoder.get_weights()
-    return lambda stamps: stamps.reshape(len(stamps), -1) @ images.T / sizes
-
-
 class Code:
     """Noiseless stamps in electrons to the latent vectors nearest to them.
 
-    Called with (scene, y, x, band), it returns (scene, latent), like `project` after
-    the normalisation `units`.
+    Called with (scene, y, x, band), it returns (scene, latent). It keeps a copy of the
+    components, because JAX takes a model's weights away while it trains.
     """
 
     def __init__(self, decoder: keras.Model, units: NoiseUnits):

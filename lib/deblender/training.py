@@ -219,13 +219,13 @@ def train_linear(
         return kind(scenes, units, size, seed, code=code, **kwargs)
 
     # Noise is drawn once; `replace` lets go of the other images that scenes composed.
-    few = watched.take(slice(WATCHED)).batches()
-    few = [(scenes.noisy, replace(scenes)) for scenes in few]
+    parts = watched.take(slice(WATCHED)).batches()
+    parts = [(scenes.noisy, replace(scenes)) for scenes in parts]
 
     def watch() -> dict[str, float]:
         tables = [
             compare(network.deblend(noisy).image, replace(scenes), survey)
-            for noisy, scenes in few
+            for noisy, scenes in parts
         ]
         numbers = statistics(vstack(tables, metadata_conflicts="silent"))
         return {name: numbers[name] for name in ("slope", "sigma_de", "sigma_dr")}
@@ -239,16 +239,10 @@ def train_linear(
     }
     if start is not None:
         card["start"] = _origin(start)
-    against = calibration or -(-epochs // CALIBRATION)
+    few = calibration or -(-epochs // CALIBRATION)
     stages = (
         ("deblender", EncoderBatches, latent_likelihood, epochs, learning_rate),
-        (
-            "calibration",
-            RepeatedBatches,
-            calibration_loss,
-            against,
-            learning_rate * GENTLY,
-        ),
+        ("calibration", RepeatedBatches, calibration_loss, few, learning_rate * GENTLY),
     )
     for stage, kind, loss, n, rate in stages if epochs else stages[1:]:
         batches = pairs(kind, train, swap_neighbours=centring == "exact")

@@ -374,8 +374,8 @@ def dump_variables(variables: list[keras.Variable], state: dict) -> bytes:
     return dump_safetensors(values, metadata={"state": json.dumps(state)})
 
 
-def fill_variables(variables: list[keras.Variable], file: Path) -> dict:
-    """Assign what `dump_variables` wrote to variables; returns the state.
+def fill_variables(variables: list[keras.Variable], file: Path) -> None:
+    """Assign what `dump_variables` wrote to variables.
 
     Raises ValueError if `file` holds variables of other shapes.
     """
@@ -388,7 +388,6 @@ def fill_variables(variables: list[keras.Variable], file: Path) -> dict:
         )
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
-    return dumped_state(file)
 
 
 def dumped_state(file: Path) -> dict:
