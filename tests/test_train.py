@@ -56,6 +56,17 @@ def test_a_network_goes_on_from_another(out, tmp_path):
         np.testing.assert_array_equal(new, old)  # the components are those of the start
 
 
+def test_the_papers_network_goes_on_from_its_own_weights(out, tmp_path):
+    more = ["--start", str(out / "lsst-paper")]
+    main(["lsst-paper", "--out", str(tmp_path), *more, *TINY])
+    first, second = (deblender.load("lsst-paper", folder=f) for f in (out, tmp_path))
+    assert second.trainings == [first.card, second.card]  # no warm start between them
+    assert second.images_seen == {"vae": 16, "deblender": 16}
+    for part in ("decoder", "deblender"):
+        old, new = (getattr(n, part).get_weights()[0] for n in (first, second))
+        assert 0 < np.abs(new - old).max() < 0.01  # few steps away
+
+
 def test_a_network_goes_on_against_bias_alone(out, tmp_path):
     more = ["--start", str(out / "lsst"), "--calibration", "2", "--epochs", "0"]
     main(["lsst", "--out", str(tmp_path), *TINY, *more])

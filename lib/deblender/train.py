@@ -102,12 +102,11 @@ def train(
         rest |= {"start": start, "components": recipe.components}
         rest |= {"calibration": sizes.calibration}
         return train_linear(galaxies, of, *n, learning_rate=rate, **rest)
-    encoder = start and start.deblender
-    if recipe.centring == "exact":
-        start, encoder = warm_start(galaxies, of, *n, start=start, **rest), None
+    if start is None or start.survey.name != of.name:
+        start = warm_start(galaxies, of, *n, start=start, **rest)
     prior, _ = train_vae(galaxies, of, *n, start=start, learning_rate=GENTLE, **rest)
     network, _ = train_deblender(
-        prior, galaxies, *n, start=encoder, learning_rate=GENTLE, **rest
+        prior, galaxies, *n, start=start.deblender, learning_rate=GENTLE, **rest
     )
     return network
 
