@@ -180,7 +180,14 @@ def test_what_is_saved_is_what_is_loaded(network, blends, tmp_path):
     size = np.abs(before.image).max(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(after.image / size, before.image / size, atol=0.02)
     files = {file.name for file in (tmp_path / "b").iterdir()}
-    assert files == {"deblender.safetensors", weights.CARD}
+    assert files == {
+        "correlation.safetensors",
+        "deblender.safetensors",
+        weights.CARD,
+    }
+    kept = loaded.correlation.get_weights()
+    for old, new in zip(network.correlation.get_weights(), kept, strict=True):
+        np.testing.assert_allclose(new, old, atol=1e-3)
     # The encoder's file does not hold the components a second time.
     bytes_of = {p: (tmp_path / "a" / f"{p}.safetensors").stat().st_size for p in
                 ("decoder", "deblender")}  # fmt: skip
@@ -204,6 +211,52 @@ def test_samples_have_the_widths_of_the_encoder(network, blends):
     code = linear.Code(network.decoder, network.normalisation)
     latent = code(result.samples.reshape(-1, 64, 64, 6)).reshape(300, 2, -1)
     np.testing.assert_allclose(latent.std(axis=0) / result.latent_width, 1, atol=0.25)
+
+
+def test_correlation_of_errors_is_found_again_for_faint_and_bright():
+    """Drawn with a known correlation, one for faint targets and one for bright."""
+    rng, n = np.random.default_rng(3), linear.N_COMPONENTS
+    known = np.stack([_correlation(rng, n) for _ in range(2)])
+    flux = rng.uniform(0, 1, 80_000)
+    factors = np.linalg.cholesky(known)[(flux > 0.5).astype(int)]
+    draws = rng.standard_normal((len(flux), n, 1))
+    errors = np.concatenate([f @ d for f, d in zip(factors, draws, strict=True)], 1)
+    correlation = linear.Correlation()
+    correlation.set_weights(linear.fit_correlation(errors.T, flux))
+    draws = rng.standard_normal((20_000, 2, n), dtype=np.float32)
+    drawn = correlation(draws, np.float32([0.1, 0.9]))  # faint, bright
+    drawn = keras.ops.convert_to_numpy(drawn).swapaxes(0, 1)
+    for tied, expected in zip(drawn, known, strict=True):
+        np.testing.assert_allclose(np.cov(tied.T), expected, atol=0.05)
+
+
+def _correlation(rng, n):
+    mixed = rng.standard_normal((n, n)) + 2 * rng.standard_normal((n, 1))
+    products = mixed @ mixed.T
+    sizes = np.sqrt(np.diag(products))
+    return products / np.outer(sizes, sizes)
+
+
+def test_few_scenes_say_little_of_correlation():
+    errors = np.ones((4, linear.N_COMPONENTS))  # as correlated as can be
+    _, factors = linear.fit_correlation(errors, np.arange(4.0))
+    correlation = factors[0] @ factors[0].T
+    np.testing.assert_allclose(correlation[0, 1:], 1 / (1 + linear.N_COMPONENTS))
+
+
+def test_samples_know_how_errors_go_together(network, blends):
+    """The scatter of a flux is that of the widths and their correlation."""
+    noisy = blends.take(np.arange(2)).noisy
+    base, *unit = network.decode(np.eye(linear.N_COMPONENTS + 1, k=-1)[:, :-1])
+    result = network.deblend(noisy, n_samples=2000)
+    flux = linear.brightness(result.image, network.survey)
+    per_number = linear.brightness(np.array(unit) - base, network.survey)
+    edges, factors = network.correlation.get_weights()
+    for k in range(2):
+        factor = factors[np.searchsorted(edges, flux[k])]
+        spread = np.linalg.norm((result.latent_width[k] * per_number) @ factor)
+        drawn = linear.brightness(result.samples[:, k], network.survey)
+        assert np.std(drawn) / spread == pytest.approx(1, abs=0.06)
 
 
 def test_cameras_are_laid_on_one_grid():

@@ -23,6 +23,8 @@ HIDDEN = 512
 # linear path sees all of a stamp.
 CENTRE = 48
 APERTURE = 0.9  # arcsec, FWHM of the Gaussian that weighs the centre of a stamp
+SHARES = 4  # of targets from faint to bright, each with its own correlation of errors
+FARTHEST = 5.0  # widths; errors beyond say nothing of how the usual ones go together
 FAINTEST = 5.0  # the amplitude of a stamp without a galaxy, in units of its noise
 NARROWEST, WIDEST = -9.0, 4.0  # logarithm of a relative width
 # Single numbers that carry a galaxy's whole brightness do not survive half precision.
@@ -134,6 +136,52 @@ def decoder(survey: Survey) -> keras.Model:
     latent = keras.Input((N_COMPONENTS,), name="latent")
     components = Components(survey, N_COMPONENTS, name="components", **EXACT)
     return keras.Model(latent, components(latent), name="decoder")
+
+
+class Correlation(layers.Layer):
+    """How errors of latent numbers go together, for targets from faint to bright.
+
+    An encoder gives each number its own width, but their errors are not independent:
+    in the flux of a target, for one, they cancel in part.
+    """
+
+    def __init__(self):
+        super().__init__(**EXACT)
+        shape = (SHARES, N_COMPONENTS, N_COMPONENTS)
+        self.edges = self.add_weight(shape=(SHARES - 1,), name="edges")
+        self.factors = self.add_weight(shape=shape, name="factors")
+
+    def call(self, draws, flux):
+        """Correlated draws (sample, scene, latent) of independent, normal ones.
+
+        `flux` (scene,) is the `brightness` of each target.
+        """
+        share = ops.sum(ops.expand_dims(flux, -1) > self.edges, axis=-1)
+        tied = ops.einsum("kij,snj->ksni", self.factors, draws)
+        return ops.einsum("nk,ksni->sni", ops.one_hot(share, SHARES), tied)
+
+
+def brightness(images: np.ndarray, survey: Survey) -> np.ndarray:
+    """Flux (scene,) in the reference band of images (scene, y, x, band), electrons."""
+    return images[..., survey.index(survey.reference.name)].sum(axis=(1, 2))
+
+
+def fit_correlation(errors: np.ndarray, flux: np.ndarray) -> list[np.ndarray]:
+    """Weights of `Correlation`: fluxes between shares, and Cholesky factors.
+
+    `errors` (scene, latent) in units of their widths, `flux` (scene,). To each share
+    are added as many scenes without correlation as there are latent numbers, so that
+    few scenes say little.
+    """
+    edges = np.quantile(flux, np.arange(1, SHARES) / SHARES)
+    share = np.searchsorted(edges, flux)
+    factors = []
+    for k in range(SHARES):
+        own = np.clip(errors[share == k], -FARTHEST, FARTHEST)
+        products = own.T @ own + N_COMPONENTS * np.eye(N_COMPONENTS)
+        sizes = np.sqrt(np.diag(products))
+        factors.append(np.linalg.cholesky(products / np.outer(sizes, sizes)))
+    return [edges, np.stack(factors)]
 
 
 def _convolutions(x: keras.KerasTensor, loudness: keras.KerasTensor):

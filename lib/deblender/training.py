@@ -41,6 +41,7 @@ LINEAR_RATE = 2e-3  # to 4e-3 learnt alike over 16,000 images, 1e-3 more slowly
 # One epoch against bias, of COPIES images a blend, for as many of the likelihood unless
 # told otherwise, at a fraction of its learning rate, which spares what was learnt.
 CALIBRATION, GENTLY = 12, 1 / 8
+CORRELATED = 16_000  # training blends that tell how errors go together
 WATCHED = 1000  # validation blends measured after each epoch
 
 
@@ -203,7 +204,8 @@ def train_linear(
     The encoder first learns mean and width of each latent number by their likelihood;
     a mean of what is possible is rounder and more usual than the truth, and the last
     epochs take out that bias (`calibration_loss`): `calibration` of them, or one for
-    every twelve of the likelihood. With no `epochs` they are all there is. `start`, a
+    every twelve of the likelihood. With no `epochs` they are all there is. What errors
+    remain is then measured, for draws that know how they go together. `start`, a
     linear network of the same survey, gives the components and the first weights;
     without it, they are those of galaxies of the centring `components`. `"peak"` serves
     networks of any centring, `"exact"` draws centred galaxies with fewer.
@@ -251,7 +253,24 @@ def train_linear(
         history = fit(model, batches, watch_over, n, rate, loss, place, watch)
         card["images_seen"][stage] = history.images_seen
         card[stage] = _summary(history, n_train, n, rate)
-    return replace(network, card=card)
+    card["correlation"] = {"scenes": min(n_train, CORRELATED), "seed": seed}
+    correlation = correlate(network, train.take(slice(CORRELATED)))
+    return replace(network, card=card, correlation=correlation)
+
+
+def correlate(network: Network, scenes: Scenes) -> linear.Correlation:
+    """How the errors of a linear network on some blends go together."""
+    code = linear.Code(network.decoder, network.normalisation)
+    errors, flux = [], []
+    for part in scenes.batches():
+        said = network.deblend(part.noisy)
+        errors.append((code(part.target) - said.latent_mean) / said.latent_width)
+        flux.append(linear.brightness(said.image, network.survey))
+    correlation = linear.Correlation()
+    correlation.set_weights(
+        linear.fit_correlation(np.concatenate(errors), np.concatenate(flux))
+    )
+    return correlation
 
 
 def _begin_linear(

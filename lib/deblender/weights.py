@@ -23,7 +23,8 @@ from .workers import spread
 if TYPE_CHECKING:
     from distributed import Client
 
-PARTS = ("decoder", "encoder", "deblender")  # `encoder` is that of the VAE
+# `encoder` is that of the VAE, `correlation` of the errors of a linear deblender.
+PARTS = ("decoder", "encoder", "deblender", "correlation")
 ARCHITECTURES = ("paper", "linear")
 CARD = "card.json"
 ALIKE = ("survey", "centring", "architecture", "catalogue")  # of trainings in a row
@@ -39,7 +40,8 @@ class Result:
 
     `image` (scene, y, x, band) in electrons is the decoded latent mean; `latent_mean`
     and `latent_width` (scene, latent); `samples` (sample, scene, y, x, band) in
-    electrons are decoded draws of the latent Gaussian, or None.
+    electrons are decoded draws of the latent Gaussian, or None. Those of a network with
+    a `correlation` are tied together by it.
     """
 
     image: np.ndarray
@@ -54,7 +56,8 @@ class Network:
 
     `encoder` is that of the VAE, or None where the decoder is linear and needs none;
     `deblender` is the second encoder, None before it is trained; `card` says how they
-    were made.
+    were made; `correlation` ties together the errors of latent numbers of a linear
+    network, which are independent without it.
     """
 
     survey: Survey
@@ -63,6 +66,7 @@ class Network:
     decoder: keras.Model
     deblender: keras.Model | None
     card: dict
+    correlation: linear.Correlation | None = None
 
     @property
     def architecture(self) -> str:
@@ -186,11 +190,14 @@ def _apply(
     """Encode and decode some stamps; the number of the first comes back with them."""
     (network, part), (start, noisy, draws) = how, piece
     mean, width = _predict(getattr(network, part), network.normalisation.forward(noisy))
-    samples = None
+    image, samples = network.decode(mean), None
     if len(draws):
+        if network.correlation is not None:
+            flux = linear.brightness(image, network.survey)
+            draws = keras.ops.convert_to_numpy(network.correlation(draws, flux))
         flat = (mean + width * draws).reshape(-1, mean.shape[-1])
         samples = network.decode(flat).reshape(len(draws), *noisy.shape)
-    return start, Result(network.decode(mean), mean, width, samples)
+    return start, Result(image, mean, width, samples)
 
 
 def _join(results: list[Result]) -> Result:
@@ -292,7 +299,9 @@ def _empty(card: dict) -> Network:
     if card.get("architecture") == "linear":
         decoder = linear.decoder(of_survey)
         second = linear.encoder(of_survey, decoder, "deblender")
-        return Network(of_survey, NoiseUnits(**values), None, decoder, second, card)
+        ties = linear.Correlation() if "correlation" in parts else None
+        units = NoiseUnits(**values)
+        return Network(of_survey, units, None, decoder, second, card, ties)
     n_bands = len(of_survey.bands)
     encoders = (
         networks.encoder(n_bands, part) if part in parts else None
