@@ -6,6 +6,8 @@ import pytest
 
 import deblender
 from deblender.catalogues import LIMITING_MAGNITUDE, _bandpass
+from deblender.drawing import draw
+from deblender.synthetic import write_stamps
 
 
 def test_splits_are_disjoint_and_bright_enough(synthetic):
@@ -43,9 +45,30 @@ def test_real_rows_are_read(cosmos_folder):
     fits = deblender.catalogue(cosmos_folder)
     stamps = deblender.catalogue(cosmos_folder, real=True)
     assert len(fits) == len(stamps) == 60
-    assert isinstance(stamps.profile(0), galsim.RealGalaxy)
     assert stamps.profile(0).flux == pytest.approx(1)
     assert np.isfinite(stamps.magnitudes(deblender.survey("lsst"))).all()
+
+
+@pytest.mark.parametrize("row", [0, 7, 31])
+def test_real_galaxies_draw_as_those_of_galsim(cosmos_folder, row):
+    _assert_drawn_as_by_galsim(deblender.catalogue(cosmos_folder, real=True), row)
+
+
+@pytest.mark.parametrize("row", [0, 7, 19])
+def test_synthetic_stamps_draw_as_galaxies_of_galsim(tmp_path, row):
+    write_stamps(tmp_path, n_galaxies=20, seed=4)
+    _assert_drawn_as_by_galsim(deblender.catalogue(tmp_path, real=True), row)
+
+
+def _assert_drawn_as_by_galsim(stamps, row):
+    theirs = galsim.RealGalaxy(stamps.source, index=row, flux=1.0)
+    instruments = deblender.survey("lsst+euclid").instruments
+    for image, expected in zip(
+        draw([stamps.profile(row).rotate(0.4 * galsim.radians)], instruments),
+        draw([theirs.rotate(0.4 * galsim.radians)], instruments),
+        strict=True,
+    ):
+        np.testing.assert_allclose(image, expected, atol=1e-6 * expected.max())
 
 
 def test_missing_catalogue_says_how_to_get_it(tmp_path):
