@@ -62,6 +62,8 @@ def test_the_papers_network_goes_on_from_its_own_weights(out, tmp_path):
     first, second = (deblender.load("lsst-paper", folder=f) for f in (out, tmp_path))
     assert second.trainings == [first.card, second.card]  # no warm start between them
     assert second.images_seen == {"vae": 16, "deblender": 16}
+    assert second.codes_seen == first.codes_seen == {"decoder": 8, "encoder": 8}
+    assert deblender.load("lsst", folder=out).codes_seen == {}
     for part in ("decoder", "deblender"):
         old, new = (getattr(n, part).get_weights()[0] for n in (first, second))
         assert 0 < np.abs(new - old).max() < 0.01  # few steps away

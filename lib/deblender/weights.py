@@ -97,6 +97,14 @@ class Network:
                 total[stage] = total.get(stage, 0) + images
         return total
 
+    @property
+    def codes_seen(self) -> dict[str, int]:
+        """Images of the warm start that it goes back to, by part; {} without one."""
+        card = self.card
+        while "start" in card and "encoder" not in card["images_seen"]:
+            card = card["start"]["card"]
+        return card["images_seen"] if "encoder" in card["images_seen"] else {}
+
     def deblend(
         self,
         noisy: np.ndarray,
