@@ -244,19 +244,31 @@ def test_few_scenes_say_little_of_correlation():
     np.testing.assert_allclose(correlation[0, 1:], 1 / (1 + linear.N_COMPONENTS))
 
 
-def test_samples_know_how_errors_go_together(network, blends):
-    """The scatter of a flux is that of the widths and their correlation."""
-    noisy = blends.take(np.arange(2)).noisy
+def _flux_bars(network, result):
+    """Standard deviations (scene,) of fluxes in r, by widths and their correlation."""
     base, *unit = network.decode(np.eye(linear.N_COMPONENTS + 1, k=-1)[:, :-1])
-    result = network.deblend(noisy, n_samples=2000)
-    flux = linear.brightness(result.image, network.survey)
     per_number = linear.brightness(np.array(unit) - base, network.survey)
     edges, factors = network.correlation.get_weights()
-    for k in range(2):
-        factor = factors[np.searchsorted(edges, flux[k])]
-        spread = np.linalg.norm((result.latent_width[k] * per_number) @ factor)
-        drawn = linear.brightness(result.samples[:, k], network.survey)
-        assert np.std(drawn) / spread == pytest.approx(1, abs=0.06)
+    flux = linear.brightness(result.image, network.survey)
+    loads = result.latent_width * per_number  # (scene, latent)
+    tied = factors[np.searchsorted(edges, flux)]  # (scene, latent, latent)
+    return np.linalg.norm(np.einsum("ni,nij->nj", loads, tied), axis=1)
+
+
+def test_samples_know_how_errors_go_together(blends):
+    network = deblender.load("lsst")
+    result = network.deblend(blends.take(np.arange(2)).noisy, n_samples=1000)
+    drawn = linear.brightness(result.samples, network.survey).std(axis=0)
+    np.testing.assert_allclose(drawn / _flux_bars(network, result), 1, atol=0.08)
+
+
+def test_published_bars_on_flux_are_honest(synthetic, survey):
+    """Within one standard deviation lie about 68 % of the true fluxes in r."""
+    network = deblender.load("lsst")
+    scenes = deblender.simulate(synthetic, survey, 400, seed=3)
+    result = network.deblend(scenes.noisy)
+    errors = linear.brightness(result.image - scenes.target, survey)
+    assert 0.63 < np.mean(np.abs(errors) < _flux_bars(network, result)) < 0.80
 
 
 def test_cameras_are_laid_on_one_grid():

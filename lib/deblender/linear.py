@@ -162,8 +162,8 @@ class Correlation(layers.Layer):
 
 
 def brightness(images: np.ndarray, survey: Survey) -> np.ndarray:
-    """Flux (scene,) in the reference band of images (scene, y, x, band), electrons."""
-    return images[..., survey.index(survey.reference.name)].sum(axis=(1, 2))
+    """Flux (...,) in the reference band of images (..., y, x, band), electrons."""
+    return images[..., survey.index(survey.reference.name)].sum(axis=(-2, -1))
 
 
 def fit_correlation(errors: np.ndarray, flux: np.ndarray) -> list[np.ndarray]:
