@@ -224,9 +224,8 @@ def test_correlation_of_errors_is_found_again_for_faint_and_bright():
     correlation = linear.Correlation()
     correlation.set_weights(linear.fit_correlation(errors.T, flux))
     draws = rng.standard_normal((20_000, 2, n), dtype=np.float32)
-    drawn = correlation(draws, np.float32([0.1, 0.9]))  # faint, bright
-    drawn = keras.ops.convert_to_numpy(drawn).swapaxes(0, 1)
-    for tied, expected in zip(drawn, known, strict=True):
+    drawn = correlation.tie(draws, np.array([0.1, 0.9]))  # faint, bright
+    for tied, expected in zip(drawn.swapaxes(0, 1), known, strict=True):
         np.testing.assert_allclose(np.cov(tied.T), expected, atol=0.05)
 
 
@@ -239,19 +238,23 @@ def _correlation(rng, n):
 
 def test_few_scenes_say_little_of_correlation():
     errors = np.ones((4, linear.N_COMPONENTS))  # as correlated as can be
-    _, factors = linear.fit_correlation(errors, np.arange(4.0))
-    correlation = factors[0] @ factors[0].T
-    np.testing.assert_allclose(correlation[0, 1:], 1 / (1 + linear.N_COMPONENTS))
+    correlation = linear.Correlation()
+    correlation.set_weights(linear.fit_correlation(errors, np.arange(4.0)))
+    for factor in correlation.factors:
+        found = factor @ factor.T
+        np.testing.assert_allclose(np.diag(found), 1, rtol=1e-5)
+        expected = 1 / (1 + linear.N_COMPONENTS)
+        np.testing.assert_allclose(found[0, 1:], expected, rtol=1e-4)
 
 
 def _flux_bars(network, result):
     """Standard deviations (scene,) of fluxes in r, by widths and their correlation."""
     base, *unit = network.decode(np.eye(linear.N_COMPONENTS + 1, k=-1)[:, :-1])
     per_number = linear.brightness(np.array(unit) - base, network.survey)
-    edges, factors = network.correlation.get_weights()
+    edges = keras.ops.convert_to_numpy(network.correlation.edges)
     flux = linear.brightness(result.image, network.survey)
     loads = result.latent_width * per_number  # (scene, latent)
-    tied = factors[np.searchsorted(edges, flux)]  # (scene, latent, latent)
+    tied = network.correlation.factors[np.searchsorted(edges, flux)]
     return np.linalg.norm(np.einsum("ni,nij->nj", loads, tied), axis=1)
 
 

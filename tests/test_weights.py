@@ -164,6 +164,19 @@ def test_published_networks_load(name):
     assert sum(loaded.images_seen.values()) > 0
 
 
+def test_published_networks_are_small_enough_to_clone():
+    files = weights._weights_folder().rglob("*")
+    assert sum(file.stat().st_size for file in files if file.is_file()) < 90e6
+
+
+def test_a_card_is_for_reading(network, tmp_path):
+    network.card["curve"] = {"images": [64, 128], "loss": [2.5, 1.0]}
+    weights.save(network, tmp_path / "net")
+    text = (tmp_path / "net" / weights.CARD).read_text()
+    assert '"images": [ 64, 128 ],' in text  # on one line
+    assert deblender.load(tmp_path / "net").card["curve"] == network.card.pop("curve")
+
+
 def test_names_in_a_folder_are_those_of_that_folder_alone(network, tmp_path):
     weights.save(network, tmp_path / "mine")
     loaded = deblender.load("mine", folder=tmp_path)

@@ -147,18 +147,33 @@ class Correlation(layers.Layer):
 
     def __init__(self):
         super().__init__(**EXACT)
-        shape = (SHARES, N_COMPONENTS, N_COMPONENTS)
+        n = N_COMPONENTS * (N_COMPONENTS - 1) // 2
         self.edges = self.add_weight(shape=(SHARES - 1,), name="edges")
-        self.factors = self.add_weight(shape=shape, name="factors")
+        self.below = self.add_weight(shape=(SHARES, n), name="below")
 
-    def call(self, draws, flux):
+    @property
+    def factors(self) -> np.ndarray:
+        """Cholesky factors (share, latent, latent) of the correlations.
+
+        Only what is below their diagonals is kept, as their rows are of unit length.
+        """
+        n = N_COMPONENTS
+        factors = np.zeros((SHARES, n, n), np.float32)
+        factors[:, *np.tril_indices(n, -1)] = ops.convert_to_numpy(self.below)
+        rest = 1 - np.square(factors).sum(axis=-1)
+        factors[:, *np.diag_indices(n)] = np.sqrt(np.maximum(rest, 0))
+        return factors
+
+    def tie(self, draws: np.ndarray, flux: np.ndarray) -> np.ndarray:
         """Correlated draws (sample, scene, latent) of independent, normal ones.
 
         `flux` (scene,) is the `brightness` of each target.
         """
-        share = ops.sum(ops.expand_dims(flux, -1) > self.edges, axis=-1)
-        tied = ops.einsum("kij,snj->ksni", self.factors, draws)
-        return ops.einsum("nk,ksni->sni", ops.one_hot(share, SHARES), tied)
+        share = np.searchsorted(ops.convert_to_numpy(self.edges), flux)
+        tied = np.empty_like(draws)
+        for k, factor in enumerate(self.factors):
+            tied[:, share == k] = draws[:, share == k] @ factor.T
+        return tied
 
 
 def brightness(images: np.ndarray, survey: Survey) -> np.ndarray:
@@ -167,7 +182,7 @@ def brightness(images: np.ndarray, survey: Survey) -> np.ndarray:
 
 
 def fit_correlation(errors: np.ndarray, flux: np.ndarray) -> list[np.ndarray]:
-    """Weights of `Correlation`: fluxes between shares, and Cholesky factors.
+    """Weights of `Correlation`: fluxes between shares, what is below the diagonals.
 
     `errors` (scene, latent) in units of their widths, `flux` (scene,). To each share
     are added as many scenes without correlation as there are latent numbers, so that
@@ -181,7 +196,7 @@ def fit_correlation(errors: np.ndarray, flux: np.ndarray) -> list[np.ndarray]:
         products = own.T @ own + N_COMPONENTS * np.eye(N_COMPONENTS)
         sizes = np.sqrt(np.diag(products))
         factors.append(np.linalg.cholesky(products / np.outer(sizes, sizes)))
-    return [edges, np.stack(factors)]
+    return [edges, np.stack(factors)[:, *np.tril_indices(N_COMPONENTS, -1)]]
 
 
 def _convolutions(x: keras.KerasTensor, loudness: keras.KerasTensor):

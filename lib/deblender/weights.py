@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -217,7 +218,7 @@ def _apply(
     if len(draws):
         if network.correlation is not None:
             flux = linear.brightness(image, network.survey)
-            draws = keras.ops.convert_to_numpy(network.correlation(draws, flux))
+            draws = network.correlation.tie(draws, flux)
         flat = (mean + width * draws).reshape(-1, mean.shape[-1])
         samples = network.decode(flat).reshape(len(draws), *noisy.shape)
     return start, Result(image, mean, width, samples)
@@ -277,8 +278,14 @@ def save(
         if part not in share:
             write_whole(folder / name, _dump(_own(network, part)))
         files[part] = {"file": name, "sha256": _sha256((folder / name).read_bytes())}
-    text = json.dumps(_card(network, files), indent=2)
-    write_whole(folder / CARD, (text + "\n").encode())
+    write_whole(folder / CARD, _readable(_card(network, files)).encode())
+
+
+def _readable(card: dict) -> str:
+    """JSON with every list of numbers, as curves are, on a line of its own."""
+    text = json.dumps(card, indent=1)
+    lists = re.compile(r"\[[^][{}]*\]")
+    return lists.sub(lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def _card(network: Network, files: dict) -> dict:
