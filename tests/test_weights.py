@@ -109,7 +109,7 @@ def test_a_stamp_is_deblended_alike_alone_and_among_others(name):
 @pytest.mark.parametrize("name", ["lsst", "lsst-paper"])
 def test_a_turned_stamp_gives_the_turned_image_when_seen_from_all_sides(name):
     one, all_sides = deblender.load(name), deblender.load(name)
-    all_sides.views = 8
+    all_sides.sides = 8
     rng = np.random.default_rng(4)
     noisy = rng.normal(0, 250, (2, 64, 64, 6)).astype(np.float32)
     noisy[:, 30:34, 30:36] += 2000
@@ -122,18 +122,18 @@ def test_a_turned_stamp_gives_the_turned_image_when_seen_from_all_sides(name):
         assert np.abs(theirs - dihedral(alone, [element] * 2)).max() > 10 * atol
 
 
-def test_several_views_are_means_of_turned_back_images(network, noisy):
+def test_several_sides_give_means_of_turned_back_images(network, noisy):
     from dataclasses import replace
 
-    pair = replace(network, views=2).deblend(noisy, n_samples=2)
+    pair = replace(network, sides=2).deblend(noisy, n_samples=2)
     plain = network.deblend(noisy, n_samples=2)
     turned = network.deblend(np.rot90(noisy, axes=(1, 2))).image
     expected = (plain.image + np.rot90(turned, -1, axes=(1, 2))) / 2
     np.testing.assert_allclose(pair.image, expected, rtol=1e-4, atol=1e-2)
     np.testing.assert_array_equal(pair.latent_mean, plain.latent_mean)
     np.testing.assert_array_equal(pair.samples, plain.samples)
-    with pytest.raises(ValueError, match="received 3 views; accepted: 1, 2, 4 or 8"):
-        replace(network, views=3).deblend(noisy)
+    with pytest.raises(ValueError, match="received 3 sides; accepted: 1, 2, 4 or 8"):
+        replace(network, sides=3).deblend(noisy)
 
 
 def test_samples_scatter_around_the_mean(network, noisy):

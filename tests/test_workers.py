@@ -78,7 +78,7 @@ def test_stamps_are_deblended_alike_on_a_cluster(client, monkeypatch):
     monkeypatch.setattr(weights, "PIECE", weights.BATCH)
     rng = np.random.default_rng(2)
     noisy = rng.normal(0, 250, (2 * weights.BATCH + 5, 64, 64, 6)).astype(np.float32)
-    network.views = 2
+    network.sides = 2
     alone = network.deblend(noisy, n_samples=2, seed=4)
     away = network.deblend(noisy, n_samples=2, seed=4, client=client)
     for name in ("image", "latent_mean", "latent_width", "samples"):

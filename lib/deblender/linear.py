@@ -167,7 +167,7 @@ class Correlation(layers.Layer):
     def tie(self, draws: np.ndarray, flux: np.ndarray) -> np.ndarray:
         """Correlated draws (sample, scene, latent) of independent, normal ones.
 
-        `flux` (scene,) is the `brightness` of each target.
+        `flux` (scene,) is the `brightness` of each deblended image.
         """
         share = np.searchsorted(ops.convert_to_numpy(self.edges), flux)
         tied = np.empty_like(draws)
@@ -182,11 +182,11 @@ def brightness(images: np.ndarray, survey: Survey) -> np.ndarray:
 
 
 def fit_correlation(errors: np.ndarray, flux: np.ndarray) -> list[np.ndarray]:
-    """Weights of `Correlation`: fluxes between shares, what is below the diagonals.
+    """Weights of `Correlation`: fluxes between shares, Cholesky factors in part.
 
-    `errors` (scene, latent) in units of their widths, `flux` (scene,). To each share
-    are added as many scenes without correlation as there are latent numbers, so that
-    few scenes say little.
+    `errors` (scene, latent) in units of their widths, taken as FARTHEST where they are
+    farther; `flux` (scene,). Their mean products, to which as many scenes without
+    correlation are added as there are latent numbers, so that few scenes say little.
     """
     edges = np.quantile(flux, np.arange(1, SHARES) / SHARES)
     share = np.searchsorted(edges, flux)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # `encoder` is that of the VAE, `correlation` of the errors of a linear deblender.
 PARTS = ("decoder", "encoder", "deblender", "correlation")
 ARCHITECTURES = ("paper", "linear")
-VIEWS = (1, 2, 4, 8)  # as it is; and turned by 90 degrees; by all four; and mirrored
+SIDES = (1, 2, 4, 8)  # as it is; and turned by 90 degrees; by all four; and mirrored
 CARD = "card.json"
 ALIKE = ("survey", "centring", "architecture", "catalogue")  # of trainings in a row
 # Biases and batch statistics are few and need the range; all else is kept in half.
@@ -42,10 +42,10 @@ class Result:
     """What the deblender says of each stamp.
 
     `image` (scene, y, x, band) in electrons is the decoded latent mean, or a mean of
-    those of several views (see `Network`); `latent_mean`
+    those of several sides (see `Network`); `latent_mean`
     and `latent_width` (scene, latent); `samples` (sample, scene, y, x, band) in
-    electrons are decoded draws of the latent Gaussian, or None. Those of a network with
-    a `correlation` are tied together by it.
+    electrons are decoded draws of the latent Gaussian, or None. They scatter around the
+    decoded `latent_mean`, and are tied together by a `correlation`, if there is one.
     """
 
     image: np.ndarray
@@ -60,10 +60,10 @@ class Network:
 
     `encoder` is that of the VAE, or None where the decoder is linear and needs none;
     `deblender` is the second encoder, None before it is trained; `card` says how they
-    were made; `correlation` ties together the errors of latent numbers of a linear
+    were made; `correlation` ties together the draws of latent numbers of a linear
     network, which are independent without it.
 
-    `views` is from how many sides it looks at a stamp, 1, 2, 4 or 8: turned and
+    `sides` is from how many sides it looks at a stamp, 1, 2, 4 or 8: turned and
     mirrored, deblended, and turned back. A mean of these images errs less, in as many
     times the time; latent numbers and samples are of the stamp as it is.
     """
@@ -75,7 +75,7 @@ class Network:
     deblender: keras.Model | None
     card: dict
     correlation: linear.Correlation | None = None
-    views: int = 1
+    sides: int = 1
 
     @property
     def architecture(self) -> str:
@@ -124,12 +124,13 @@ class Network:
         """Recover the central galaxy of noisy blends (section 3.3).
 
         `noisy` (scene, y, x, band) in electrons, sky-subtracted. The image is the
-        decoded latent mean; with `n_samples`, that many decoded draws come with it. The
-        workers of a Dask `client` take PIECE stamps at a time. Image, mean and width
-        of a stamp do not depend on which others come with it.
+        decoded latent mean, or a mean of several `sides`; with `n_samples`, that many
+        decoded draws come with it. The workers of a Dask `client` take PIECE stamps at
+        a time. Image, mean and width of a stamp do not depend on which others come
+        with it.
 
         Raises ValueError for no stamps, for another shape or survey, for NaN, or for
-        `views` that are not 1, 2, 4 or 8.
+        `sides` that are not 1, 2, 4 or 8.
         """
         if self.deblender is None:
             raise ValueError("this network holds a VAE only; train a deblender on it")
@@ -168,8 +169,8 @@ class Network:
         client: "Client | None",
     ) -> Result:
         noisy = self.survey.check_images(noisy)
-        if self.views not in VIEWS:
-            raise ValueError(f"received {self.views} views; accepted: 1, 2, 4 or 8")
+        if self.sides not in SIDES:
+            raise ValueError(f"received {self.sides} sides; accepted: 1, 2, 4 or 8")
         if not len(noisy):
             raise ValueError("received no stamps; accepted: one or more")
         shape = (n_samples, len(noisy), self.decoder.input_shape[-1])
@@ -190,7 +191,7 @@ class Network:
         return {
             "made": _card(self, dict.fromkeys(parts)),
             "card": self.card,
-            "views": self.views,
+            "sides": self.sides,
             "values": {
                 part: list(map(keras.ops.convert_to_numpy, _own(self, part)))
                 for part in parts
@@ -199,7 +200,7 @@ class Network:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(vars(_empty(state["made"])))
-        self.card, self.views = state["card"], state["views"]
+        self.card, self.sides = state["card"], state["sides"]
         for part, values in state["values"].items():
             for variable, value in zip(_own(self, part), values, strict=True):
                 variable.assign(value)
@@ -208,13 +209,13 @@ class Network:
 def _apply(
     how: tuple[Network, str], piece: tuple[int, np.ndarray, np.ndarray]
 ) -> tuple[int, Result]:
-    """Encode and decode some stamps; the number of the first comes back with them."""
+    """Encode and decode some stamps; the index of the first comes back with them."""
     (network, part), (start, noisy, draws) = how, piece
     mean, width = _encode(network, part, noisy)
     image, samples = network.decode(mean), None
-    for view in range(1, network.views):
-        image += _seen_from(view, network, part, noisy)
-    image /= network.views
+    for element in range(1, network.sides):
+        image += _seen_from(element, network, part, noisy)
+    image /= network.sides
     if len(draws):
         if network.correlation is not None:
             flux = linear.brightness(image, network.survey)
@@ -230,10 +231,12 @@ def _encode(network: Network, part: str, noisy: np.ndarray) -> list[np.ndarray]:
     return _predict(getattr(network, part), stamps)
 
 
-def _seen_from(view: int, network: Network, part: str, noisy: np.ndarray) -> np.ndarray:
-    """Images of stamps that are turned, deblended, and turned back."""
-    back = view if view >= 4 else -view % 4  # a mirror is its own inverse
-    turned = dihedral(noisy, np.full(len(noisy), view))
+def _seen_from(
+    element: int, network: Network, part: str, noisy: np.ndarray
+) -> np.ndarray:
+    """Images of stamps turned by an element of `dihedral`, deblended, turned back."""
+    back = element if element >= 4 else -element % 4  # a mirror is its own inverse
+    turned = dihedral(noisy, np.full(len(noisy), element))
     mean, _ = _encode(network, part, turned)
     return dihedral(network.decode(mean), np.full(len(noisy), back))
 
