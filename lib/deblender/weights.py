@@ -42,10 +42,10 @@ class Result:
     """What the deblender says of each stamp.
 
     `image` (scene, y, x, band) in electrons is the decoded latent mean, or a mean of
-    those of several sides (see `Network`); `latent_mean`
-    and `latent_width` (scene, latent); `samples` (sample, scene, y, x, band) in
-    electrons are decoded draws of the latent Gaussian, or None. They scatter around the
-    decoded `latent_mean`, and are tied together by a `correlation`, if there is one.
+    those of several sides (see `Network`); `latent_mean` and `latent_width` (scene,
+    latent); `samples` (sample, scene, y, x, band) in electrons are decoded draws of the
+    latent Gaussian, or None. They scatter around the decoded `latent_mean`, and are
+    tied together by a `correlation`, if there is one.
     """
 
     image: np.ndarray
