@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import deblender
+from deblender import training
 from deblender.train import RECIPES, Sizes, main, sizes_of
 
 TINY = ["--n-train", "8", "--n-validation", "8", "--epochs", "1"]
@@ -67,6 +68,22 @@ def test_the_papers_network_goes_on_from_its_own_weights(out, tmp_path):
     for part in ("decoder", "deblender"):
         old, new = (getattr(n, part).get_weights()[0] for n in (first, second))
         assert 0 < np.abs(new - old).max() < 0.01  # few steps away
+
+
+@pytest.mark.parametrize("name", ["lsst", "lsst-paper"])
+def test_images_a_step_are_those_asked_for(name, out, tmp_path, monkeypatch):
+    sizes, fit = [], training.fit
+
+    def watched(model, batches, *args, **kwargs):
+        sizes.append(batches.batch_size)
+        return fit(model, batches, *args, **kwargs)
+
+    monkeypatch.setattr(training, "fit", watched)
+    more = ["--start", str(out / name), "--batch-size", "6", *TINY]
+    main([name, "--out", str(tmp_path), *more])
+    assert deblender.load(name, folder=tmp_path).card["batch_size"] == 6
+    # Against bias each blend is seen four times, and no step has fewer images.
+    assert sizes == ([6, 2] if name == "lsst" else [6, 6])
 
 
 def test_a_network_goes_on_against_bias_alone(out, tmp_path):

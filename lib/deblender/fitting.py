@@ -169,7 +169,7 @@ def fit(
     `watch` returns after each epoch joins the history.
 
     Raises ValueError if the checkpoint in `folder` is of another training: of other
-    galaxies, first weights, seed, epochs or learning rate, or composed elsewhere.
+    galaxies, first weights, seed, sizes or learning rate, or composed elsewhere.
     """
     optimiser = _adam(epochs * len(batches), learning_rate, loss)
     recorder, fed = Recorder(batches, epochs, watch), batches
@@ -183,6 +183,7 @@ def fit(
         model(fed[0][0])  # creates what is restored
         model.optimizer.build(model.trainable_variables)
         setting = {"epochs": epochs, "learning_rate": learning_rate}
+        setting |= {"batch_size": batches.batch_size}
         setting |= {"seed": batches.seed, "data": _digest([batches.scenes.flux])}
         setting |= {"start": _digest(model.get_weights()), "on_device": on_device}
         checkpoint = Checkpoint(folder, recorder, setting)

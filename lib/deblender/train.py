@@ -61,12 +61,13 @@ GENTLE = 5e-4  # learning rate of what starts from something trained
 
 @dataclass(frozen=True)
 class Sizes:
-    """Scenes of a training and passes over them in each of its stages."""
+    """Scenes of a training, passes over them in each of its stages, images a step."""
 
     n_train: int = 20_000
     n_validation: int = 1000
     epochs: int = 2
     calibration: int | None = None  # of a linear network, passes against bias
+    batch_size: int | None = None  # or that which is best for a processor
 
 
 def sizes_of(profile: str) -> Sizes:
@@ -96,6 +97,8 @@ def train(
     recipe = RECIPES[name]
     of, n = survey(recipe.survey), (sizes.n_train, sizes.n_validation, sizes.epochs)
     rest = {"centring": recipe.centring, "seed": seed, "folder": folder}
+    if sizes.batch_size is not None:
+        rest |= {"batch_size": sizes.batch_size}
     if not recipe.paper:
         # Half the rate spares what is known; bias is taught at a fraction anyway.
         rate = LINEAR_RATE / 2 if start and sizes.epochs else LINEAR_RATE
@@ -202,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--n-validation", type=int, metavar="N", help="validation scenes")
     add("--epochs", type=int, metavar="N", help="passes over them, in each stage")
     add("--calibration", type=int, metavar="N", help="and against bias [epochs / 12]")
+    add("--batch-size", type=int, metavar="N", help="images a step [16, or 64 of lsst]")
     add("--catalogue", default="synthetic", help="or a folder of COSMOS [%(default)s]")
     add("--start", metavar="NAME", help="network to begin with, not that of the recipe")
     add("--precision", default="float32", choices=PRECISIONS, help="[%(default)s]")

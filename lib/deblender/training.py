@@ -54,6 +54,7 @@ def warm_start(
     centring: str = "exact",
     seed: int = 1,
     start: Network | None = None,
+    batch_size: int = BATCH_SIZE,
     folder: Path | None = None,
 ) -> Network:
     """Teach a decoder and an encoder apart, by the principal code of each galaxy.
@@ -72,7 +73,8 @@ def warm_start(
     few = isolated.take(np.arange(min(n_train, CONSTANTS_FROM)))
     model, normalisation = _begin(few, seed, start)
     code = fit_code(few, normalisation, start.survey if start else survey)
-    setting = {"normalisation": normalisation, "code": code, "seed": seed}
+    setting = {"normalisation": normalisation, "batch_size": batch_size}
+    setting |= {"code": code, "seed": seed}
     draws = fit(
         model.decoder,
         DecoderBatches(isolated, **setting),
@@ -109,6 +111,7 @@ def train_vae(
     seed: int = 1,
     start: Network | None = None,
     learning_rate: float = LEARNING_RATE,
+    batch_size: int = BATCH_SIZE,
     folder: Path | None = None,
 ) -> tuple[Network, History]:
     """Train the prior on isolated galaxies (section 3.2).
@@ -124,8 +127,8 @@ def train_vae(
     model, normalisation = _begin(few, seed, start)
     history = fit(
         model,
-        Batches(train, normalisation, seed=seed),
-        Batches(validation, normalisation, seed=seed, augment=False),
+        Batches(train, normalisation, batch_size, seed),
+        Batches(validation, normalisation, batch_size, seed, augment=False),
         epochs,
         learning_rate,
         folder=folder and folder / "vae",
@@ -134,7 +137,7 @@ def train_vae(
         "centring": centring,
         "catalogue": _describe(catalogue),
         "seed": seed,
-        "batch_size": BATCH_SIZE,
+        "batch_size": batch_size,
         "images_seen": {"vae": history.images_seen, "deblender": 0},
         "vae": _summary(history, n_train, epochs, learning_rate),
     }
@@ -154,6 +157,7 @@ def train_deblender(
     seed: int = 1,
     start: keras.Model | None = None,
     learning_rate: float = LEARNING_RATE,
+    batch_size: int = BATCH_SIZE,
     folder: Path | None = None,
 ) -> tuple[Network, History]:
     """Train a second encoder on blends before the frozen decoder (section 3.3).
@@ -170,8 +174,8 @@ def train_deblender(
     exact = centring == "exact"
     history = fit(
         model,
-        Batches(train, normalisation, seed=seed, swap_neighbours=exact),
-        Batches(validation, normalisation, seed=seed, augment=False),
+        Batches(train, normalisation, batch_size, seed, swap_neighbours=exact),
+        Batches(validation, normalisation, batch_size, seed, augment=False),
         epochs,
         learning_rate,
         folder=folder and folder / "deblender",
@@ -195,6 +199,7 @@ def train_linear(
     seed: int = 1,
     start: Network | None = None,
     learning_rate: float = LINEAR_RATE,
+    batch_size: int = LINEAR_BATCH_SIZE,
     folder: Path | None = None,
     components: str = "peak",
     calibration: int | None = None,
@@ -217,7 +222,7 @@ def train_linear(
     code = linear.Code(network.decoder, units)
 
     def pairs(kind: type[EncoderBatches], scenes: Scenes, **kwargs) -> EncoderBatches:
-        size = LINEAR_BATCH_SIZE // (COPIES if kind is RepeatedBatches else 1)
+        size = -(-batch_size // (COPIES if kind is RepeatedBatches else 1))
         return kind(scenes, units, size, seed, code=code, **kwargs)
 
     # Noise is drawn once; `replace` lets go of the other images that scenes composed.
@@ -236,7 +241,7 @@ def train_linear(
         "centring": centring,
         "catalogue": _describe(catalogue),
         "seed": seed,
-        "batch_size": LINEAR_BATCH_SIZE,
+        "batch_size": batch_size,
         "images_seen": {"vae": 0, "deblender": 0},
     }
     if start is not None:
