@@ -111,7 +111,7 @@ def _errors(fisher: np.ndarray, survey: Survey, e: np.ndarray) -> tuple[float, f
         covariance = np.linalg.inv(fisher)
     except np.linalg.LinAlgError:
         return np.nan, np.nan
-    band, n_bands = survey.index(survey.reference.name), len(survey.bands)
+    band, n_bands = survey.reference_index, len(survey.bands)
     shear = slice(n_bands + 3, n_bands + 5)
     # A shear g turns an ellipticity e into (e + g) / (1 + e* g); along e, its modulus
     # grows by (1 - |e|^2) g, and of a round galaxy any direction serves.

@@ -178,7 +178,7 @@ class Correlation(layers.Layer):
 
 def brightness(images: np.ndarray, survey: Survey) -> np.ndarray:
     """Flux (...,) in the reference band of images (..., y, x, band), electrons."""
-    return images[..., survey.index(survey.reference.name)].sum(axis=(-2, -1))
+    return images[..., survey.reference_index].sum(axis=(-2, -1))
 
 
 def fit_correlation(errors: np.ndarray, flux: np.ndarray) -> list[np.ndarray]:

@@ -103,7 +103,7 @@ def measure(images: np.ndarray, survey: Survey) -> Table:
     Arcelin et al. 2021, section 4.1.
     """
     images = survey.check_images(images)
-    reference = images[..., survey.index(survey.reference.name)]  # (scene, y, x)
+    reference = images[..., survey.reference_index]  # (scene, y, x)
     e, shape_reasons = ellipticities(reference, survey.reference.instrument)
     flux = images.sum(axis=(1, 2), dtype=float)  # (scene, band)
     reasons = [

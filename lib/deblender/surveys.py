@@ -100,7 +100,12 @@ class Survey:
     @property
     def reference(self) -> Band:
         """The band in which shapes, magnitudes and blendedness are measured."""
-        return self.bands[self.index(REFERENCE_BAND)]
+        return self.bands[self.reference_index]
+
+    @property
+    def reference_index(self) -> int:
+        """Channel of the reference band."""
+        return self.index(REFERENCE_BAND)
 
     def index(self, band: str) -> int:
         """Channel of a band.
