@@ -9,6 +9,8 @@ import pytest
 import deblender
 from deblender import networks, training
 from deblender.batches import Batches, dihedral, fill_up, swap_neighbours
+from deblender.comparison import statistics
+from deblender.evaluation import evaluate
 from deblender.fitting import fit
 from deblender.normalisation import Normalisation
 from deblender.weights import Network
@@ -67,12 +69,12 @@ def test_swapped_neighbours_leave_targets_brightest(blends):
     assert (r[rows] <= target)[rows >= 0].all()
 
 
-def test_decoder_is_bit_identical_after_deblender_training(synthetic):
+def test_deblender_is_watched_and_leaves_the_decoder_to_the_bit(synthetic):
     survey = deblender.survey("lsst")
     prior, _ = training.train_vae(synthetic, survey, 32, 16, 1)
     decoder = [w.numpy().copy() for w in prior.decoder.weights]
     encoder = [w.numpy().copy() for w in prior.encoder.weights]
-    network, history = training.train_deblender(prior, synthetic, 32, 16, 1)
+    network, history = training.train_deblender(prior, synthetic, 32, 32, 1)
     for before, after in zip(decoder, network.decoder.weights, strict=True):
         np.testing.assert_array_equal(before, after.numpy())
     for before, after in zip(encoder, network.encoder.weights, strict=True):
@@ -80,6 +82,10 @@ def test_decoder_is_bit_identical_after_deblender_training(synthetic):
     assert not np.array_equal(encoder[4], network.deblender.weights[4].numpy())
     assert network.images_seen == {"vae": 32, "deblender": 32}
     assert history.curve["val_images"] == [32] and history.curve["val_loss"][0] > 0
+    validation = deblender.simulate(synthetic, survey, 32, split="validation")
+    watched = statistics(evaluate(network, validation))
+    for name in ("slope", "sigma_de", "sigma_dr"):
+        np.testing.assert_allclose(history.curve[name], watched[name], atol=1e-4)
 
 
 def test_training_lowers_the_loss(synthetic, blends, normalisation):

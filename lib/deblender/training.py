@@ -18,7 +18,7 @@ from .batches import (
 from .catalogues import Catalogue
 from .comparison import statistics
 from .evaluation import compare
-from .fitting import LEARNING_RATE, History, fit
+from .fitting import LEARNING_RATE, History, Watch, fit
 from .networks import (
     COPIES,
     Autoencoder,
@@ -179,6 +179,7 @@ def train_deblender(
         epochs,
         learning_rate,
         folder=folder and folder / "deblender",
+        watch=_watch(replace(prior, deblender=model.encoder), validation),
     )
     seen = prior.card["images_seen"] | {"deblender": history.images_seen}
     card = prior.card | {
@@ -225,18 +226,6 @@ def train_linear(
         size = -(-batch_size // (COPIES if kind is RepeatedBatches else 1))
         return kind(scenes, units, size, seed, code=code, **kwargs)
 
-    # Noise is drawn once; `replace` lets go of the other images that scenes composed.
-    parts = watched.take(slice(WATCHED)).batches()
-    parts = [(scenes.noisy, replace(scenes)) for scenes in parts]
-
-    def watch() -> dict[str, float]:
-        tables = [
-            compare(network.deblend(noisy).image, replace(scenes), survey)
-            for noisy, scenes in parts
-        ]
-        numbers = statistics(vstack(tables, metadata_conflicts="silent"))
-        return {name: numbers[name] for name in ("slope", "sigma_de", "sigma_dr")}
-
     card = {
         "centring": centring,
         "catalogue": _describe(catalogue),
@@ -246,6 +235,7 @@ def train_linear(
     }
     if start is not None:
         card["start"] = _origin(start)
+    watch = _watch(network, watched)
     few = calibration or -(-epochs // CALIBRATION)
     stages = (
         ("deblender", EncoderBatches, latent_likelihood, epochs, learning_rate),
@@ -261,6 +251,26 @@ def train_linear(
     card["correlation"] = {"scenes": min(n_train, CORRELATED), "seed": seed}
     correlation = correlate(network, train.take(slice(CORRELATED)))
     return replace(network, card=card, correlation=correlation)
+
+
+def _watch(network: Network, scenes: Scenes) -> Watch:
+    """Measures, whenever it is called, slope and widths of a network on a few blends.
+
+    The same ones, of the same noise, each time.
+    """
+    # `replace` lets go of the other images that scenes composed.
+    parts = scenes.take(slice(WATCHED)).batches()
+    parts = [(few.noisy, replace(few)) for few in parts]
+
+    def watch() -> dict[str, float]:
+        tables = [
+            compare(network.deblend(noisy).image, replace(few), network.survey)
+            for noisy, few in parts
+        ]
+        numbers = statistics(vstack(tables, metadata_conflicts="silent"))
+        return {name: numbers[name] for name in ("slope", "sigma_de", "sigma_dr")}
+
+    return watch
 
 
 def correlate(network: Network, scenes: Scenes) -> linear.Correlation:
