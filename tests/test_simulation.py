@@ -1,6 +1,7 @@
 """Physics of the scenes: flux, noise, positions, targets, seeds."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import galsim
@@ -12,6 +13,7 @@ import deblender
 from deblender import simulation
 from deblender.catalogues import cache_folder
 from deblender.simulation import CHUNK, add_noise, simulate
+from deblender.surveys import Survey
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def test_stamps_are_those_of_galsim(blends, synthetic):
 
 def _angles(scenes, catalogue):
     task = simulation._Task(
-        (catalogue.name, False, catalogue.digest), scenes.survey.name, len(scenes), 4,
+        (catalogue.name, False, catalogue.digest), scenes.survey, len(scenes), 4,
         "exact", 5, "test", (0.0, 0.0), None,
     )  # fmt: skip
     painter = simulation._Painter(task)
@@ -139,7 +141,7 @@ def test_neighbours_are_in_the_annulus_and_fainter(blends, synthetic):
 
 def test_number_of_galaxies_is_uniform(blends):
     counts = simulation._Task(
-        ("", False, ""), "lsst", 40_000, 4, "exact", 1, "test", (0.0, 0.0), None
+        ("", False, ""), blends.survey, 40_000, 4, "exact", 1, "test", (0.0, 0.0), None
     ).counts()
     np.testing.assert_allclose(np.bincount(counts)[1:] / 40_000, 0.25, atol=0.01)
     np.testing.assert_array_equal(blends.counts, blends.truth["n_galaxies"])
@@ -267,6 +269,16 @@ def _share_catalogues(folder, monkeypatch):
 
 
 SHARED = cache_folder()
+
+
+def test_a_survey_of_ones_own_gets_its_own_fluxes(synthetic, isolated):
+    """Other bands and a tenth of the exposure under the name of another survey."""
+    g, r, i = isolated.survey.bands[1:4]
+    g = replace(g, exposure=g.exposure / 10)
+    scenes = simulate(synthetic, Survey("lsst", (g, r, i)), 20, 1, seed=5)
+    expected = isolated.flux[:20, 1:4] * [0.1, 1, 1]
+    np.testing.assert_allclose(scenes.flux, expected, rtol=1e-5)
+    assert scenes.survey.band_names == ("g", "r", "i")
 
 
 def test_batches_and_take_keep_the_noise(blends):

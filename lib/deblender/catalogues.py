@@ -96,9 +96,9 @@ class Catalogue:
     def split(self, name: str) -> np.ndarray:
         """Rows of the galaxies brighter than r = 27.5 in a part of the catalogue.
 
-        `"test"` has 5000 rows (a quarter of a small catalogue) that never serve
-        elsewhere; the rest is `"validation"` (a sixth) and `"train"`. Section 2.1.
-        `"all"` takes every row, to test networks that know another catalogue.
+        `"test"` comes from 5000 galaxies (a quarter of a small catalogue) that never
+        serve elsewhere; the rest is `"validation"` (a sixth) and `"train"` (section
+        2.1). `"all"` takes them all, to test networks that know another catalogue.
 
         Raises ValueError for another name.
         """
@@ -111,7 +111,7 @@ class Catalogue:
         parts = dict(zip(("test", "validation", "train"), parts, strict=True))
         rows = parts.get(name, order)
         lsst = survey("lsst")
-        r_mag = self.magnitudes(lsst)[:, lsst.index("r")]
+        r_mag = self.magnitudes(lsst)[:, lsst.reference_index]
         return np.sort(rows[r_mag[rows] < LIMITING_MAGNITUDE])
 
     def profile(self, index: int) -> galsim.GSObject:

@@ -20,16 +20,16 @@ def channels(scenes: Scenes, network: Network) -> list[int]:
 
     Raises ValueError if the scenes lack one of its bands.
     """
-    return [scenes.survey.index(name) for name in network.survey.band_names]
+    return scenes.survey.channels(network.survey)
 
 
 def evaluate(network: Network, scenes: Scenes, isolated: bool = False) -> Table:
     """Measure shapes and magnitudes of outputs against targets (section 4.1).
 
     `isolated` passes the scenes through the VAE and not through the deblender. One row
-    a scene: the columns of `scenes.truth`, of `errors`, and `e1_in`, `e2_in`, `e_in`,
-    `e1_out`, `e2_out`, `flag` and `reason` of the output. Few scenes are in memory at a
-    time. A network of fewer bands sees the same pixels of those it has.
+    a scene: some columns of `scenes.truth`, those of `errors`, and `e1_in`, `e2_in`,
+    `e_in`, `e1_out`, `e2_out`, `flag` and `reason` of the output. Few scenes are in
+    memory at a time. A network of fewer bands sees the same pixels of those it has.
     """
     bands = channels(scenes, network)
     apply = network.reconstruct if isolated else network.deblend
@@ -46,7 +46,7 @@ def compare(images: np.ndarray, scenes: Scenes, survey: Survey) -> Table:
     `images` (scene, y, x, band) in electrons, of the bands of `survey`, which the
     scenes have too.
     """
-    bands = [scenes.survey.index(name) for name in survey.band_names]
+    bands = scenes.survey.channels(survey)
     output = measure(images, survey)
     target = measure(scenes.target[..., bands], survey)
     truth = scenes.truth

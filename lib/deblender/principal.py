@@ -80,7 +80,7 @@ def fit_code(
 
     The scenes may have more bands than `survey`; `normalisation` is theirs.
     """
-    channels = [scenes.survey.index(name) for name in survey.band_names]
+    channels = scenes.survey.channels(survey)
     _, first = np.unique(survey.instrument_of_band, return_index=True)
     code = PrincipalCode(
         channels, [channels[i] for i in first], normalisation, None, None

@@ -102,7 +102,7 @@ class Scenes:
         return list(zip(names, slices, strict=True))
 
     def neighbour_rows(self, slot: int) -> np.ndarray:
-        """Rows of the galaxies in a slot (1 to 3) of every scene, -1 where none.
+        """Rows of the galaxies in a slot (1, 2, ...) of every scene, -1 where none.
 
         Slot 0 is that of the target.
         """
@@ -219,7 +219,7 @@ def simulate(
     _check(n_scenes, max_galaxies, centring, split, shear)
     task = _Task(
         catalogue=(catalogue.name, catalogue.real, catalogue.digest),
-        survey=survey.name,
+        survey=survey,
         n_scenes=int(n_scenes),
         max_galaxies=int(max_galaxies),
         centring=centring,
@@ -230,7 +230,7 @@ def simulate(
     )
     folder = cache_folder() / "scenes" / task.key
     make_once(folder, partial(_draw_all, task, folder, processes, client))
-    return _open(folder, survey, task)
+    return _open(folder, task)
 
 
 def _check(
@@ -277,7 +277,7 @@ class _Task:
     """All that decides the bits of a set of scenes."""
 
     catalogue: tuple[str, bool, str]
-    survey: str
+    survey: Survey
     n_scenes: int
     max_galaxies: int
     centring: str
@@ -333,7 +333,7 @@ class _Painter:
     def __init__(self, task: _Task) -> None:
         self.task = task
         self.catalogue = _read_again(*task.catalogue)
-        self.survey = survey(task.survey)
+        self.survey = task.survey
         self.magnitudes = self.catalogue.magnitudes(self.survey)  # (galaxy, band)
         self.split = self.catalogue.split(task.split)
 
@@ -356,7 +356,7 @@ class _Painter:
 
     def _place(self, rng: np.random.Generator, count: int) -> _Scene:
         rows = rng.choice(self.split, size=count, replace=count > len(self.split))
-        r_mag = self.magnitudes[rows, self.survey.index("r")]
+        r_mag = self.magnitudes[rows, self.survey.reference_index]
         rows = rows[np.argsort(r_mag, kind="stable")]  # the brightest is the target
         angles = rng.uniform(0, 2 * np.pi, count)
         inner, outer = np.square(ANNULUS)
@@ -378,7 +378,7 @@ class _Painter:
     ) -> tuple[float, float] | None:
         """Pixel intersection nearest to the brightest 5-sigma peak in r, arcsec."""
         band = self.survey.reference
-        flux = band.electrons(self.magnitudes[scene.rows, self.survey.index(band.name)])
+        flux = band.electrons(self.magnitudes[scene.rows, self.survey.reference_index])
         profiles = self._profiles(scene)
         whole = galsim.Sum([p * f for p, f in zip(profiles, flux, strict=True)])
         ((image,),) = draw([whole], [band.instrument], DETECTION_SIZE)  # (y, x)
@@ -444,7 +444,7 @@ class _Painter:
         stamps: dict[str, np.ndarray],
         flux: np.ndarray,
     ) -> Table:
-        band, width = self.survey.index("r"), max(self.task.max_galaxies - 1, 1)
+        band, width = self.survey.reference_index, max(self.task.max_galaxies - 1, 1)
         targets = np.array([s.rows[0] for s in scenes])
         table = Table({"scene": np.arange(start, start + len(scenes))})
         table["galaxy_id"] = targets
@@ -472,7 +472,7 @@ class _Painter:
 def _measure_truth(scenes: Scenes, closest: np.ndarray) -> None:
     """Add what is measured on noiseless images: shape, SNR and blendedness."""
     band, table = scenes.survey.reference, scenes.truth
-    flux = scenes.flux[:, scenes.survey.index(band.name)] / STAMP_SCALE
+    flux = scenes.flux[:, scenes.survey.reference_index] / STAMP_SCALE
     stamps = scenes.stamps[band.instrument.name].astype(float)
     galaxies = stamps * flux[:, None, None]  # (galaxy, y, x)
     first = scenes.first[:-1]
@@ -518,7 +518,7 @@ def _draw_all(
     _allocate(half, task, int(counts.sum()))
     starts = range(0, task.n_scenes, CHUNK)
     missing = [s for s in starts if not _chunk(half, s).exists()]
-    label = f"{task.survey} {'isolated' if task.max_galaxies == 1 else 'blends'}"
+    label = f"{task.survey.name} {'isolated' if task.max_galaxies == 1 else 'blends'}"
     with tqdm(
         total=task.n_scenes,
         initial=task.n_scenes - sum(len(counts[s : s + CHUNK]) for s in missing),
@@ -565,10 +565,14 @@ def _keep_chunk(
 
 def _allocate(folder: Path, task: _Task, n_galaxies: int) -> None:
     shape = (n_galaxies, STAMP_SIZE, STAMP_SIZE)
-    for instrument in survey(task.survey).instruments:
+    for instrument in task.survey.instruments:
         file = _stamp_file(folder, instrument.name)
-        if not file.exists():
-            np.lib.format.open_memmap(file, "w+", np.float16, shape).flush()
+        if file.exists():
+            continue
+        np.lib.format.open_memmap(file, "w+", np.float16, shape).flush()
+        if hasattr(os, "posix_fallocate"):  # else a full disk kills, in mid-drawing
+            with open(file, "r+b") as whole:
+                os.posix_fallocate(whole.fileno(), 0, file.stat().st_size)
 
 
 def _merge(folder: Path, starts: range) -> None:
@@ -579,7 +583,7 @@ def _merge(folder: Path, starts: range) -> None:
         _chunk(folder, start).unlink()
 
 
-def _open(folder: Path, survey: Survey, task: _Task) -> Scenes:
+def _open(folder: Path, task: _Task) -> Scenes:
     with np.load(folder / "truth.npz") as kept:
         flux, truth = kept["flux"], Table(kept["truth"])
     for name in ("r_mag", "dmag"):
@@ -590,10 +594,10 @@ def _open(folder: Path, survey: Survey, task: _Task) -> Scenes:
         truth[name].unit = u.rad
     stamps = {
         i.name: np.load(_stamp_file(folder, i.name), mmap_mode="r")
-        for i in survey.instruments
+        for i in task.survey.instruments
     }
     first = np.concatenate([[0], np.cumsum(truth["n_galaxies"])])
-    return Scenes(survey, stamps, flux, first, truth, (*task.entropy, NOISE))
+    return Scenes(task.survey, stamps, flux, first, truth, (*task.entropy, NOISE))
 
 
 def _stamp_file(folder: Path, instrument: str) -> Path:

@@ -119,6 +119,13 @@ class Survey:
             )
         return self.band_names.index(band)
 
+    def channels(self, other: "Survey") -> list[int]:
+        """Channels here of the bands of another survey, in its order.
+
+        Raises ValueError for a band this survey does not have.
+        """
+        return [self.index(name) for name in other.band_names]
+
     def check_images(self, images: np.ndarray) -> np.ndarray:
         """Return `images` as float32 (scene, y, x, band), or say what is wrong.
 
