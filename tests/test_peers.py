@@ -103,6 +103,12 @@ def test_sep_finds_nothing_in_empty_stamps(bright):
     assert np.isfinite(answer.seconds).all()
 
 
+def test_cameras_of_other_pixels_are_refused(synthetic):
+    scenes = deblender.simulate(synthetic, deblender.survey("lsst+euclid"), 2, seed=5)
+    with pytest.raises(ValueError, match="'lsst.euclid'; accepted: of one camera"):
+        peers.sep(scenes)
+
+
 def test_similarity_in_closed_form():
     rng = np.random.default_rng(1)
     image = rng.random((32, 32))

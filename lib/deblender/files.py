@@ -30,11 +30,12 @@ def make_once(folder: Path, make: Callable[[], None]) -> Path:
 
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as scratch:
-        scratch.write(content)
+    scratch = tempfile.NamedTemporaryFile(dir=file.parent, delete=False)
     try:
+        with scratch:
+            scratch.write(content)
         os.chmod(scratch.name, 0o644)
         os.replace(scratch.name, file)
-    except OSError:
+    except BaseException:  # a full disk, or Ctrl-C
         os.unlink(scratch.name)
         raise

@@ -19,7 +19,7 @@ from .evaluation import compare, ellipticity_pairs
 from .files import data_folder
 from .measurement import ellipticity_bias, in_snr_range, percentiles
 from .simulation import MATCH_RADIUS, Scenes
-from .surveys import REFERENCE_BAND, STAMP_SIZE
+from .surveys import STAMP_SIZE
 
 OUTLIER = 0.5  # magnitudes off in r, beyond which a galaxy counts as lost
 CENTRE = (STAMP_SIZE - 1) / 2  # pixels
@@ -47,7 +47,15 @@ class Answer:
 
 
 def _answer(scenes: Scenes, deblend: Callable[[Scenes], tuple], label: str) -> Answer:
-    """Give a deblender one scene after another."""
+    """Give a deblender one scene after another.
+
+    Raises ValueError for scenes of several cameras, whose pixels differ.
+    """
+    if len(scenes.survey.instruments) > 1:
+        raise ValueError(
+            f"{label} received scenes of survey {scenes.survey.name!r}; accepted: of "
+            "one camera"
+        )
     found = Answer(
         np.full((len(scenes), *scenes.survey.shape), np.nan, dtype=np.float32),
         np.full((len(scenes), len(scenes.survey.bands)), np.nan),
@@ -106,7 +114,7 @@ def _sep_scene(
     import sep
 
     survey, noisy = scene.survey, scene.noisy[0]
-    r = survey.index(REFERENCE_BAND)
+    r = survey.reference_index
     objects, segments = sep.extract(
         np.ascontiguousarray(noisy[..., r]),
         threshold,
@@ -264,7 +272,7 @@ def score(answer: Answer, scenes: Scenes) -> Table:
     """
     found = np.isfinite(answer.flux).all(axis=1)
     images = np.where(found[:, None, None, None], answer.images, 0)
-    survey, r = scenes.survey, scenes.survey.index(REFERENCE_BAND)
+    survey, r = scenes.survey, scenes.survey.reference_index
     table = compare(images, scenes, survey)
     true = scenes.target.sum(axis=(1, 2), dtype=float)  # (scene, band)
     with np.errstate(invalid="ignore"):

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,8 @@ ALIKE = ("survey", "centring", "architecture", "catalogue")  # of trainings in a
 HALF_FROM = 2000  # elements
 BATCH = 48  # stamps through a network at a time; divides by 2, 3, 4, 6, 8 devices
 PIECE = 20 * BATCH  # stamps a worker takes; whole batches, so that bits do not change
+# On JAX, Keras takes a model's weights away while it predicts: one thread at a time.
+PREDICTING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Network:
 
     @property
     def images_seen(self) -> dict[str, int]:
-        """Images seen in each stage of all its trainings."""
+        """Images seen in each stage of all its trainings; blends where repeated."""
         total: dict[str, int] = {}
         for card in self.trainings:
             for stage, images in card["images_seen"].items():
@@ -129,8 +132,8 @@ class Network:
         a time. Image, mean and width of a stamp do not depend on which others come
         with it.
 
-        Raises ValueError for no stamps, for another shape or survey, for NaN, or for
-        `sides` that are not 1, 2, 4 or 8.
+        Raises ValueError for a network without deblender, for no stamps, for another
+        shape or survey, for NaN, or for `sides` that are not 1, 2, 4 or 8.
         """
         if self.deblender is None:
             raise ValueError("this network holds a VAE only; train a deblender on it")
@@ -259,7 +262,8 @@ def _predict(model: keras.Model, values: np.ndarray):
     another size TensorFlow would compile another program, with other last bits.
     """
     whole = (len(values) + -len(values) % BATCH, *values.shape[1:])
-    output = model.predict(np.resize(values, whole), batch_size=BATCH, verbose=0)
+    with PREDICTING:
+        output = model.predict(np.resize(values, whole), batch_size=BATCH, verbose=0)
     return keras.tree.map_structure(lambda array: array[: len(values)], output)
 
 
