@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import keras
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -14,7 +16,7 @@ from safetensors import safe_open
 import deblender
 from deblender import fitting, networks
 from deblender.batches import Batches
-from deblender.fitting import Recorder, fit
+from deblender.fitting import PATIENCE, History, OtherTraining, Recorder, fit
 from deblender.normalisation import Normalisation
 
 # What a kill interrupts: three epochs of four batches each.
@@ -26,14 +28,15 @@ train(Path(sys.argv[1]))
 """
 
 
-def train(folder, epochs=3, n_scenes=16, **kwargs):
+def train(folder, epochs=3, n_scenes=16, n_validation=8, **kwargs):
     synthetic = deblender.catalogue("synthetic")
     scenes = deblender.simulate(synthetic, deblender.survey("lsst"), 24, seed=3)
     normalisation = Normalisation(np.full(6, 5000.0))
     batches = Batches(
         scenes.take(np.arange(n_scenes)), normalisation, 4, swap_neighbours=True
     )
-    watch = Batches(scenes.take(np.arange(16, 24)), normalisation, 4, augment=False)
+    validation = scenes.take(np.arange(16, 16 + n_validation))
+    watch = Batches(validation, normalisation, 4, augment=False)
     model = networks.vae(6, seed=1)
     history = fit(model, batches, watch, epochs, folder=folder, **kwargs)
     return model, history
@@ -90,8 +93,36 @@ def test_checkpoint_of_another_training_is_refused(whole):
 
 
 def test_checkpoint_of_other_galaxies_is_refused(whole):
-    with pytest.raises(ValueError, match="'data': .*; accepted: "):
-        train(whole[0], n_scenes=12)
+    for change in ({"n_scenes": 12}, {"n_validation": 4}):
+        with pytest.raises(OtherTraining, match="'data': .*; accepted: "):
+            train(whole[0], **change)
+
+
+def test_checkpoint_of_another_precision_is_refused(whole):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        with pytest.raises(OtherTraining, match="'precision': 'float32'.*accepted"):
+            train(whole[0])
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_an_epoch_whose_loss_is_no_number_is_not_the_best(tmp_path):
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    recorder = SimpleNamespace(history=History())
+    checkpoint = fitting.Checkpoint(tmp_path, recorder, {})
+    checkpoint.set_model(model)
+    best = []
+    for epoch, loss in enumerate([np.nan, 5.0, np.nan, 6.0, 4.0]):
+        recorder.history.curve["val_loss"].append(loss)
+        model.set_weights([np.full((1, 1), epoch), np.zeros(1)])
+        checkpoint.on_epoch_end(epoch)
+        best.append(float(variables(checkpoint.best)["0000"][0, 0]))
+    assert best == [0, 1, 1, 1, 4]
+    assert not checkpoint.over()
+    recorder.history.curve["val_loss"] += [5.0] * PATIENCE
+    assert checkpoint.over()
 
 
 def test_best_epoch_is_kept_and_training_stops_without_improvement(

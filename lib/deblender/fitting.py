@@ -33,9 +33,15 @@ Watch = Callable[[], dict[str, float]]  # numbers that an epoch ends with
 PATIENCE = 10  # epochs without a better validation loss, after which training stops
 
 
+class OtherTraining(ValueError):
+    """A checkpoint that was written by another training than the one that reads it."""
+
+
 @dataclass
 class History:
     """How a training went: seconds, images seen, and losses against images seen.
+
+    What the scenes of `RepeatedBatches` make is counted once, not with every copy.
 
     `curve` has `images` and the training `loss` averaged between them, and at the end
     of each epoch `val_images`, `val_loss` (nats a stamp) and what else was watched.
@@ -118,7 +124,7 @@ class Checkpoint(keras.callbacks.Callback):
             return 0
         state = dumped_state(self.last)
         if state["setting"] != self.setting:
-            raise ValueError(
+            raise OtherTraining(
                 f"{self.last} was written by a training of {state['setting']}; "
                 f"accepted: {self.setting}, or another folder"
             )
@@ -130,8 +136,7 @@ class Checkpoint(keras.callbacks.Callback):
         return state["epochs"]
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        history = asdict(self.recorder.history)
-        losses = history["curve"]["val_loss"]
+        history, losses = asdict(self.recorder.history), self._losses()
         if not losses or losses[-1] <= min(losses):
             write_whole(self.best, dump_variables(self.model.weights, {}))
         state = {"epochs": epoch + 1, "setting": self.setting, "history": history}
@@ -142,8 +147,13 @@ class Checkpoint(keras.callbacks.Callback):
 
     def over(self) -> bool:
         """Whether the validation loss has stopped improving."""
-        losses = self.recorder.history.curve["val_loss"]
+        losses = self._losses()
         return len(losses) - 1 - int(np.argmin(losses or [0])) >= PATIENCE
+
+    def _losses(self) -> list[float]:
+        """Validation losses; one that is no number is worse than any."""
+        losses = self.recorder.history.curve["val_loss"]
+        return np.nan_to_num(losses, nan=np.inf, posinf=np.inf).tolist()
 
     @staticmethod
     def _variables(model: keras.Model) -> list[keras.Variable]:
@@ -168,10 +178,11 @@ def fit(
     not improved for PATIENCE epochs, and leaves the weights of the best epoch. What
     `watch` returns after each epoch joins the history.
 
-    Raises ValueError if the checkpoint in `folder` is of another training: of other
-    galaxies, first weights, seed, sizes or learning rate, or composed elsewhere.
+    Raises OtherTraining if the checkpoint in `folder` is of other galaxies, first
+    weights, seed, sizes, loss, precision or learning rate, or composed elsewhere.
     """
     optimiser = _adam(epochs * len(batches), learning_rate, loss)
+    setting = _setting(batches, validation, epochs, learning_rate, loss)
     recorder, fed = Recorder(batches, epochs, watch), batches
     on_device = bool(accelerators()) and composes(batches)
     if on_device:
@@ -182,9 +193,6 @@ def fit(
     if folder is not None:
         model(fed[0][0])  # creates what is restored
         model.optimizer.build(model.trainable_variables)
-        setting = {"epochs": epochs, "learning_rate": learning_rate}
-        setting |= {"batch_size": batches.batch_size}
-        setting |= {"seed": batches.seed, "data": _digest([batches.scenes.flux])}
         setting |= {"start": _digest(model.get_weights()), "on_device": on_device}
         checkpoint = Checkpoint(folder, recorder, setting)
         done = checkpoint.resume(model)
@@ -204,6 +212,26 @@ def fit(
     if folder is not None:
         fill_variables(model.weights, checkpoint.best)
     return recorder.history
+
+
+def _setting(
+    batches: Batches,
+    validation: Batches | None,
+    epochs: int,
+    learning_rate: float,
+    loss: Callable,
+) -> dict:
+    """What tells one training from another, but for its first weights."""
+    data = [each.scenes.flux for each in (batches, validation) if each is not None]
+    return {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batches.batch_size,
+        "loss": loss.__name__,
+        "precision": keras.config.dtype_policy().name,
+        "seed": batches.seed,
+        "data": _digest(data),
+    }
 
 
 def _digest(arrays: list[np.ndarray]) -> str:
