@@ -88,6 +88,12 @@ def test_deblender_is_watched_and_leaves_the_decoder_to_the_bit(synthetic):
         np.testing.assert_allclose(history.curve[name], watched[name], atol=1e-4)
 
 
+def test_validation_has_noise_of_its_own(blends, normalisation):
+    pair = (Batches(blends, normalisation, seed=4, augment=a) for a in (True, False))
+    training, validation = (batches.bank[:10_000] for batches in pair)
+    assert abs(np.corrcoef(training, validation)[0, 1]) < 0.05  # 5 sigma
+
+
 def test_training_lowers_the_loss(synthetic, blends, normalisation):
     model = networks.vae(6, seed=1)
     few = blends.take(np.arange(16))
@@ -128,6 +134,8 @@ def test_devices_that_share_a_batch_get_as_many_scenes(
         keras.distribution, "distribution", lambda: SimpleNamespace(device_mesh=mesh)
     )
     batches = Batches(blends, normalisation, batch_size=16, augment=False)
+    monkeypatch.undo()  # Keras tells it to one thread, and others read the batches
     last, _ = batches[2]
     assert len(last) == 9  # the eight that remain, and the first again
-    np.testing.assert_array_equal(fill_up(np.arange(4)), [0, 1, 2, 3, 0, 0])
+    np.testing.assert_array_equal(fill_up(np.arange(4), 3), [0, 1, 2, 3, 0, 0])
+    np.testing.assert_array_equal(fill_up(np.arange(4), 2), np.arange(4))

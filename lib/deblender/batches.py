@@ -14,16 +14,20 @@ from .surveys import per_pixel
 BATCH_SIZE = 16
 MOST_WORKERS = 16  # threads that compose batches while the network learns
 NOISE_BANK = 2**24  # normal numbers; each image takes a stretch of them
+ORDER, BANK, BATCH = 1, 2, 3  # streams of random numbers of one seed
 CODE_NOISE = 0.05  # keeps neighbouring codes decoding to neighbouring galaxies
 
 
-def fill_up(values: np.ndarray) -> np.ndarray:
-    """Repeat the first values until all devices that share a batch have as many."""
-    distribution = keras.distribution.distribution()
-    n_devices = 1 if distribution is None else distribution.device_mesh.devices.size
-    if not (extra := -len(values) % n_devices):
-        return values
+def fill_up(values: np.ndarray, n_devices: int) -> np.ndarray:
+    """Repeat the first value until all devices that share a batch have as many."""
+    extra = -len(values) % n_devices
     return np.concatenate([values, values[:1].repeat(extra, axis=0)])
+
+
+def sharing_devices() -> int:
+    """Devices among which Keras, as it was told in this thread, splits each batch."""
+    distribution = keras.distribution.distribution()
+    return 1 if distribution is None else distribution.device_mesh.devices.size
 
 
 class Batches(keras.utils.PyDataset):
@@ -50,15 +54,18 @@ class Batches(keras.utils.PyDataset):
         self.scenes, self.normalisation = scenes, normalisation
         self.batch_size, self.seed = batch_size, seed
         self.augment, self.swap_neighbours = augment, swap_neighbours
+        self.n_devices = sharing_devices()  # here, as other threads read the batches
         slots = range(1, int(scenes.counts.max(initial=1)))
         rows = [scenes.neighbour_rows(slot) for slot in slots]
         self.neighbours = np.array(rows, dtype=int).reshape(len(rows), len(scenes))
-        self.bank = np.random.default_rng(seed).standard_normal(NOISE_BANK, np.float32)
+        # Of its own for validation, which should not know the noise of the training.
+        rng = np.random.default_rng([seed, BANK, augment])
+        self.bank = rng.standard_normal(NOISE_BANK, np.float32)
         self.epoch = 0
         self._begin()
 
     def _begin(self) -> None:
-        rng = np.random.default_rng([self.seed, self.epoch])
+        rng = np.random.default_rng([self.seed, ORDER, self.epoch])
         n = len(self.scenes)
         self.order = rng.permutation(n) if self.augment else np.arange(n)
         if self.swap_neighbours:
@@ -91,9 +98,9 @@ class Batches(keras.utils.PyDataset):
         Rows (batch, galaxy), the target first, -1 where none; turns (batch,).
         """
         chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        chosen = fill_up(chosen)
+        chosen = fill_up(chosen, self.n_devices)
         epoch = self.epoch if self.augment else 0
-        rng = np.random.default_rng([self.seed, epoch, 1 + index])
+        rng = np.random.default_rng([self.seed, BATCH, epoch, index])
         rows = np.column_stack([self.scenes.first[chosen], *self.neighbours[:, chosen]])
         turns = np.zeros(len(chosen), int)
         if self.augment:
@@ -189,7 +196,7 @@ def swap_neighbours(
     order = rng.permutation(len(slot))
     half = len(order) // 2
     a, b = order[:half], order[half : 2 * half]
-    r_flux = scenes.flux[:, scenes.survey.index("r")]
+    r_flux = scenes.flux[:, scenes.survey.reference_index]
     target = r_flux[scenes.first[:-1]]
     row_a, row_b = neighbours[slot[a], scene[a]], neighbours[slot[b], scene[b]]
     fits = (r_flux[row_a] < target[scene[b]]) & (r_flux[row_b] < target[scene[a]])
