@@ -1,6 +1,7 @@
 """The training program, from its command line to the folder it leaves."""
 
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -41,6 +42,15 @@ def test_decentred_network_starts_from_the_one_trained_here(out):
     assert card["start"]["card"]["command"] == ours["command"]
     assert card["parts"]["decoder"]["file"] == "../lsst/decoder.safetensors"
     assert deblender.load("lsst-pixel", folder=out).trainings == [card]  # of its kind
+
+
+def test_decentred_network_goes_on_from_itself_and_shares_still(out, tmp_path):
+    for name in ("lsst", "lsst-pixel"):
+        shutil.copytree(out / name, tmp_path / name)
+    main(["lsst-pixel", "--start", "lsst-pixel", "--out", str(tmp_path), *TINY])
+    card = deblender.load("lsst-pixel", folder=tmp_path).card
+    assert card["start"]["card"]["centring"] == "pixel"
+    assert card["parts"]["decoder"]["file"] == "../lsst/decoder.safetensors"
 
 
 def test_a_network_goes_on_from_another(out, tmp_path):
@@ -117,6 +127,17 @@ def test_products_in_half_precision_leave_weights_and_answers_in_full(name, tmp_
         assert {w.dtype.name for w in weights} == {"float32"}
 
 
+def test_a_vae_without_encoder_begins_with_the_deblender(tmp_path):
+    book = deblender.load("lsst-peak-paper")
+    assert book.encoder is None
+    name = "lsst-peak-paper"
+    main([name, "--start", name, "--out", str(tmp_path), *TINY])
+    network = deblender.load(name, folder=tmp_path)
+    old = book.deblender.get_weights()[4]
+    new = network.encoder.get_weights()[4]
+    assert 0 < np.abs(new - old).max() < 0.01  # few steps away
+
+
 def test_every_network_of_the_book_has_a_recipe():
     assert set(deblender.weights.available()) == set(RECIPES)
 
@@ -133,6 +154,12 @@ def test_profile_gives_the_sizes_of_the_paper():
         (["sdss"], "invalid choice: 'sdss'"),
         (["lsst", "--epochs", "0"], "received {'epochs': 0}; accepted: 1 or more"),
         (["lsst-paper", "--calibration", "1"], "accepted: a network without -paper"),
+        (["lsst", "--start", "lsst-paper"], "received a paper network for 'lsst'"),
+        (
+            ["lsst+euclid", "--start", "lsst"],
+            "a linear one for 'lsst+euclid'",
+        ),
+        (["lsst-paper", "--start", "lsst"], "accepted: a paper one for 'lsst'"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):

@@ -19,9 +19,17 @@ import yaml
 
 from .catalogues import Catalogue, catalogue
 from .files import data_folder
+from .fitting import OtherTraining
 from .on_device import accelerators, devices
 from .surveys import survey
-from .training import LINEAR_RATE, train_deblender, train_linear, train_vae, warm_start
+from .training import (
+    LINEAR_RATE,
+    check_start,
+    train_deblender,
+    train_linear,
+    train_vae,
+    warm_start,
+)
 from .weights import Network, available, load, save
 
 
@@ -158,34 +166,49 @@ def main(arguments: list[str] | None = None) -> None:
     keras.config.set_dtype_policy(args.precision)
     _share_batches()
     made = provenance(arguments)
+    first = args.start or recipe.start
+    ours = first in available(out)  # trained here before
     try:
-        sizes = _sizes(args)
-        if recipe.paper and sizes.calibration:
-            raise ValueError(
-                f"--calibration with {args.name}; accepted: a network without -paper"
-            )
-        first = args.start or recipe.start
-        ours = first in available(out)  # trained here before
+        sizes = _sizes(args, recipe)
         start = load(out / first if ours else first) if first else None
+        survey_of = None if recipe.paper else survey(recipe.survey)
+        check_start(start, "paper" if recipe.paper else "linear", survey_of)
         galaxies = catalogue(args.catalogue, real=recipe.realistic)
-        checkpoints = out / f"{args.name}.checkpoints"
-        network = train(args.name, galaxies, sizes, checkpoints, start, args.seed)
     except ValueError as error:
         parser.error(str(error))
+    checkpoints = out / f"{args.name}.checkpoints"
+    try:
+        network = train(args.name, galaxies, sizes, checkpoints, start, args.seed)
+    except OtherTraining as error:
+        parser.error(str(error))
     network.card |= made
-    share = {"decoder": f"../{first}/decoder.safetensors"}
-    share = share if ours and _inherits(recipe) else None
+    share = _shared(start, first, args.name) if ours and _inherits(recipe) else {}
     save(network, out / args.name, share=share)
     shutil.rmtree(checkpoints)
 
 
-def _sizes(args: argparse.Namespace) -> Sizes:
+def _shared(start: Network, first: str, name: str) -> dict[str, str]:
+    """Where a network called `name` finds the decoder of `start`, as `save` takes it.
+
+    Both lie in folders side by side; `start` may itself share that of another.
+    """
+    file = start.card["parts"]["decoder"]["file"]
+    if "/" in file:
+        return {"decoder": file}
+    return {} if first == name else {"decoder": f"../{first}/{file}"}
+
+
+def _sizes(args: argparse.Namespace, recipe: Recipe) -> Sizes:
     """Sizes of the profile, those given as options in their place."""
+    if recipe.paper and args.calibration:
+        raise ValueError(
+            f"--calibration with {args.name}; accepted: a network without -paper"
+        )
     sizes = sizes_of(args.profile) if args.profile else Sizes()
     given = {name: getattr(args, name) for name in vars(sizes)}
     given = {name: value for name, value in given.items() if value is not None}
     # What was trained before may go on against bias alone.
-    alone = args.calibration and (args.start or RECIPES[args.name].start)
+    alone = args.calibration and (args.start or recipe.start)
     least = {"epochs": 0 if alone else 1}
     if any(value < least.get(name, 1) for name, value in given.items()):
         raise ValueError(
@@ -205,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--n-validation", type=int, metavar="N", help="validation scenes")
     add("--epochs", type=int, metavar="N", help="passes over them, in each stage")
     add("--calibration", type=int, metavar="N", help="and against bias [epochs / 12]")
-    add("--batch-size", type=int, metavar="N", help="images a step [16, or 64 of lsst]")
+    add("--batch-size", type=int, metavar="N", help="images a step [64; of -paper 16]")
     add("--catalogue", default="synthetic", help="or a folder of COSMOS [%(default)s]")
     add("--start", metavar="NAME", help="network to begin with, not that of the recipe")
     add("--precision", default="float32", choices=PRECISIONS, help="[%(default)s]")

@@ -64,7 +64,10 @@ def warm_start(
     the paper, and spares it a long plateau. `start`, a network of fewer bands, gives
     weights, and the code is then made of its bands alone, as its own was. With a
     `folder`, an interrupted warm start goes on from its last epoch (see `fit`).
+
+    Raises ValueError for a `start` of another architecture.
     """
+    check_start(start, "paper")
     isolated, alone, blends, watched = (
         simulate(catalogue, survey, n, most, centring, seed, split)
         for most in (1, 4)
@@ -118,7 +121,10 @@ def train_vae(
 
     `start` gives the first weights, of the bands that both surveys have. Returns a
     network without deblender, and its history.
+
+    Raises ValueError for a `start` of another architecture.
     """
+    check_start(start, "paper")
     train = simulate(catalogue, survey, n_train, 1, centring, seed, "train")
     validation = simulate(
         catalogue, survey, n_validation, 1, centring, seed, "validation"
@@ -162,15 +168,20 @@ def train_deblender(
 ) -> tuple[Network, History]:
     """Train a second encoder on blends before the frozen decoder (section 3.3).
 
-    It starts from `start`, or from the encoder of `prior`. Returns a network that
+    It starts from `start`, or from the encoder of `prior`, or else from its deblender.
+    Returns a network that
     shares decoder and normalisation with `prior`, and its history.
+
+    Raises ValueError for a `prior` of another architecture.
     """
+    check_start(prior, "paper")
     survey, normalisation = prior.survey, prior.normalisation
     train = simulate(catalogue, survey, n_train, 4, centring, seed, "train")
     validation = simulate(
         catalogue, survey, n_validation, 4, centring, seed, "validation"
     )
-    model = deblender((start or prior.encoder, prior.decoder), seed=seed)
+    first = start or prior.encoder or prior.deblender
+    model = deblender((first, prior.decoder), seed=seed)
     exact = centring == "exact"
     history = fit(
         model,
@@ -215,7 +226,10 @@ def train_linear(
     linear network of the same survey, gives the components and the first weights;
     without it, they are those of galaxies of the centring `components`. `"peak"` serves
     networks of any centring, `"exact"` draws centred galaxies with fewer.
+
+    Raises ValueError for a `start` of another architecture or survey.
     """
+    check_start(start, "linear", survey)
     train = simulate(catalogue, survey, n_train, 4, centring, seed, "train")
     watched = simulate(catalogue, survey, n_validation, 4, centring, seed, "validation")
     network = _begin_linear(catalogue, survey, n_train, seed, start, components)
@@ -236,12 +250,14 @@ def train_linear(
     if start is not None:
         card["start"] = _origin(start)
     watch = _watch(network, watched)
-    few = calibration or -(-epochs // CALIBRATION)
+    few = -(-epochs // CALIBRATION) if calibration is None else calibration
     stages = (
         ("deblender", EncoderBatches, latent_likelihood, epochs, learning_rate),
         ("calibration", RepeatedBatches, calibration_loss, few, learning_rate * GENTLY),
     )
-    for stage, kind, loss, n, rate in stages if epochs else stages[1:]:
+    for stage, kind, loss, n, rate in stages:
+        if not n:
+            continue
         batches = pairs(kind, train, swap_neighbours=centring == "exact")
         watch_over = pairs(kind, watched, augment=False)
         place = folder and folder / stage
@@ -288,6 +304,23 @@ def correlate(network: Network, scenes: Scenes) -> linear.Correlation:
     return correlation
 
 
+def check_start(
+    start: Network | None, architecture: str, survey: Survey | None = None
+) -> None:
+    """Refuse a network that no training of this kind can begin with.
+
+    Raises ValueError for another architecture, or another survey where one is given.
+    """
+    if start is None:
+        return
+    wanted = start.survey if survey is None else survey
+    if (start.architecture, start.survey.name) != (architecture, wanted.name):
+        raise ValueError(
+            f"received a {start.architecture} network for {start.survey.name!r} to "
+            f"begin with; accepted: a {architecture} one for {wanted.name!r}"
+        )
+
+
 def _begin_linear(
     catalogue: Catalogue,
     survey: Survey,
@@ -324,7 +357,8 @@ def _begin(
     both = [name for name in survey.band_names if name in start.survey.band_names]
     old = [start.survey.index(name) for name in both]
     new = [survey.index(name) for name in both]
-    transplant(start.encoder, model.encoder, old, new)
+    # A decentred network of the book comes without its VAE's encoder.
+    transplant(start.encoder or start.deblender, model.encoder, old, new)
     transplant(start.decoder, model.decoder, old, new)
     scale = normalisation.scale.copy()
     scale[new] = start.normalisation.scale[old]
