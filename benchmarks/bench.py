@@ -37,6 +37,7 @@ import deblender
 from deblender import peers
 from deblender.catalogues import cache_folder
 from deblender.files import write_whole
+from deblender.weights import PIECE
 
 ROOT = Path(__file__).resolve().parent.parent
 CATSIM = Path(
@@ -193,7 +194,8 @@ def scaling() -> dict:
     from distributed import Client, LocalCluster
 
     of, galaxies = deblender.survey("lsst"), deblender.catalogue("synthetic")
-    net, n, n_stamps = deblender.load("lsst"), 2000, 2000
+    net, n = deblender.load("lsst"), 2000
+    n_stamps = 4 * PIECE * os.cpu_count()  # some pieces for each worker
     noisy = deblender.simulate(galaxies, of, n_stamps, 4, seed=4000).noisy
     found = []
     for k in [2**i for i in range(os.cpu_count().bit_length())]:
@@ -203,7 +205,7 @@ def scaling() -> dict:
         )
         options = {"n_workers": k, "threads_per_worker": 1, "dashboard_address": None}
         with LocalCluster(**options) as cluster, Client(cluster) as client:
-            net.deblend(noisy[:500], client=client)  # each worker imports and compiles
+            client.run(_warm_up)
             deblender.simulate(galaxies, of, 200, seed=4200 + k, client=client)
             rates = {
                 "workers": k,
@@ -221,6 +223,12 @@ def scaling() -> dict:
         print(f"  {rates}", flush=True)
         found.append(rates)
     return {"runs": found}
+
+
+def _warm_up() -> None:
+    """Deblend a few stamps, which imports and compiles; for each Dask worker."""
+    net = deblender.load("lsst")
+    net.deblend(np.zeros((1, *net.survey.shape)))
 
 
 def training() -> dict:
