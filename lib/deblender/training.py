@@ -169,8 +169,8 @@ def train_deblender(
     """Train a second encoder on blends before the frozen decoder (section 3.3).
 
     It starts from `start`, or from the encoder of `prior`, or else from its deblender.
-    Returns a network that
-    shares decoder and normalisation with `prior`, and its history.
+    Returns a network that shares decoder and normalisation with `prior`, and its
+    history.
 
     Raises ValueError for a `prior` of another architecture.
     """
