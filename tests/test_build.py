@@ -19,6 +19,7 @@ from chapters import (
     without_notice,
 )
 from check_figures import missing_on_page
+from deblender.train import RECIPES, _parser
 from sync_twins import twin
 
 HEADER = """\
@@ -237,9 +238,10 @@ def test_every_module_is_in_the_reference():
     assert set(re.findall(r"automodule:: (\S+)", page)) == modules
 
 
-def commands(tool: str) -> list[list[str]]:
-    """Return the arguments of each example of a command on the page on reruns."""
-    lines = (ROOT / "book" / "reruns.md").read_text().splitlines()
+def commands(tool: str, page: str = "reruns") -> list[list[str]]:
+    """Return the arguments of each example of a command on a page."""
+    text = (ROOT / "book" / f"{page}.md").read_text().replace("\\\n", " ")
+    lines = (x.strip().removeprefix("KERAS_BACKEND=jax ") for x in text.splitlines())
     return [shlex.split(x)[1:] for x in lines if x.startswith(tool)]
 
 
@@ -257,3 +259,12 @@ def test_examples_of_papermill_name_what_exists(line):
     chapter = Chapter((ROOT / path).with_suffix(".md"))
     named = {line[i + 1] for i, x in enumerate(line) if x == "-p"}
     assert named <= chapter.parameters.keys()
+
+
+@pytest.mark.parametrize("page", ["reruns", "08_side_by_side"])
+def test_examples_of_training_are_accepted(page):
+    lines = commands("python -m deblender.train", page)
+    assert len(lines) >= 2
+    for line in lines:
+        words = [word.replace("$name", "lsst") for word in line[2:]]
+        assert _parser().parse_args(words).name in RECIPES
