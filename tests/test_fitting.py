@@ -125,6 +125,16 @@ def test_an_epoch_whose_loss_is_no_number_is_not_the_best(tmp_path):
     assert checkpoint.over()
 
 
+def test_typical_loss_decides_where_it_is_watched(tmp_path):
+    recorder = SimpleNamespace(history=History())
+    checkpoint = fitting.Checkpoint(tmp_path, recorder, {})
+    curve = recorder.history.curve
+    curve["val_loss"] = [5.0] + [900.0] * PATIENCE  # a few blends far astray
+    assert checkpoint.over()
+    curve["typical"] = [5.0 - 0.1 * i for i in range(PATIENCE + 1)]
+    assert not checkpoint.over()
+
+
 def test_best_epoch_is_kept_and_training_stops_without_improvement(
     tmp_path, monkeypatch
 ):

@@ -96,7 +96,13 @@ def test_training_leaves_the_components_alone(network, synthetic, survey):
 def test_history_watches_the_slope(network):
     curve = network.card["deblender"]["curve"]
     assert curve["val_images"] == [64]
-    assert len(curve["slope"]) == len(curve["sigma_dr"]) == 1
+    assert len(curve["slope"]) == len(curve["sigma_dr"]) == len(curve["typical"]) == 1
+
+
+def test_typical_loss_is_that_of_the_median_blend():
+    batches = [(np.float32([1.0, 2.0]), 0.0), (np.float32([3e9]), 0.0)]
+    judge = training._judge(lambda: {"slope": 0.1}, abs, batches, lambda _, said: said)
+    assert judge() == {"slope": 0.1, "typical": 2.0}
 
 
 @pytest.mark.parametrize("mistaken", [0.0, 0.5])

@@ -44,7 +44,8 @@ class History:
     What the scenes of `RepeatedBatches` make is counted once, not with every copy.
 
     `curve` has `images` and the training `loss` averaged between them, and at the end
-    of each epoch `val_images`, `val_loss` (nats a stamp) and what else was watched.
+    of each epoch `val_images`, `val_loss` (nats a stamp) and what else was watched:
+    `typical`, where it is known, is a median of what `val_loss` is the mean of.
     """
 
     images_seen: int = 0
@@ -108,7 +109,8 @@ class Checkpoint(keras.callbacks.Callback):
     """Writes, at the end of each epoch, all that a training needs to go on.
 
     One file has the variables of model and optimiser and the history, another the
-    model of the epoch of lowest validation loss; each is written whole or not at all.
+    model of the epoch of lowest validation loss, the typical one where it is watched;
+    each is written whole or not at all.
     """
 
     def __init__(self, folder: Path, recorder: Recorder, setting: dict):
@@ -152,7 +154,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _losses(self) -> list[float]:
         """Validation losses; one that is no number is worse than any."""
-        losses = self.recorder.history.curve["val_loss"]
+        curve = self.recorder.history.curve
+        losses = curve.get("typical", curve["val_loss"])
         return np.nan_to_num(losses, nan=np.inf, posinf=np.inf).tolist()
 
     @staticmethod
@@ -176,7 +179,8 @@ def fit(
     batches too. With a `folder`, each epoch leaves a checkpoint in it; a training that
     was stopped goes on from there, to the same bits, ends once the validation loss has
     not improved for PATIENCE epochs, and leaves the weights of the best epoch. What
-    `watch` returns after each epoch joins the history.
+    `watch` returns after each epoch joins the history; a `typical` among it is the
+    validation loss to go by.
 
     Raises OtherTraining if the checkpoint in `folder` is of other galaxies, first
     weights, seed, sizes, loss, precision or learning rate, or composed elsewhere.

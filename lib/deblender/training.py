@@ -1,5 +1,6 @@
 """The trainings of the book: warm start, VAE, deblender, and the linear network."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -261,7 +262,8 @@ def train_linear(
         batches = pairs(kind, train, swap_neighbours=centring == "exact")
         watch_over = pairs(kind, watched, augment=False)
         place = folder and folder / stage
-        history = fit(model, batches, watch_over, n, rate, loss, place, watch)
+        seen = _judge(watch, model, watch_over, loss)
+        history = fit(model, batches, watch_over, n, rate, loss, place, seen)
         card["images_seen"][stage] = history.images_seen
         card[stage] = _summary(history, n_train, n, rate)
     card["correlation"] = {"scenes": min(n_train, CORRELATED), "seed": seed}
@@ -287,6 +289,25 @@ def _watch(network: Network, scenes: Scenes) -> Watch:
         return {name: numbers[name] for name in ("slope", "sigma_de", "sigma_dr")}
 
     return watch
+
+
+def _judge(
+    watch: Watch, model: keras.Model, batches: EncoderBatches, loss: Callable
+) -> Watch:
+    """What `watch` measures, and `typical`, the median loss of a validation blend.
+
+    The epoch to keep is chosen by it: a few blends unlike all others, errors of which
+    are hundreds of widths, swamp the mean.
+    """
+
+    def judge() -> dict[str, float]:
+        losses = [
+            keras.ops.convert_to_numpy(loss(code, model(noisy)))
+            for noisy, code in (batches[i] for i in range(len(batches)))
+        ]
+        return watch() | {"typical": float(np.median(np.concatenate(losses)))}
+
+    return judge
 
 
 def correlate(network: Network, scenes: Scenes) -> linear.Correlation:
