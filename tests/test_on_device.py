@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from deblender import fitting, linear
+from deblender import fitting, linear, on_device
 from deblender.batches import (
     Batches,
     DecoderBatches,
@@ -179,3 +179,15 @@ def test_a_training_does_not_change_who_composes(
     monkeypatch.setattr(fitting, "accelerators", lambda: 1)
     with pytest.raises(ValueError, match="'on_device': False.*'on_device': True"):
         fitting.fit(model, training, None, 1, 1e-3, latent_likelihood, tmp_path)
+
+
+def test_a_card_names_the_accelerators(monkeypatch):
+    names = {"PhysicalDevice 0": {"device_name": "NVIDIA H200"}, "PhysicalDevice 1": {}}
+    monkeypatch.setattr("tensorflow.config.list_physical_devices", lambda kind: names)
+    details = "tensorflow.config.experimental.get_device_details"
+    monkeypatch.setattr(details, names.get)
+    assert on_device.accelerator_names() == ["NVIDIA H200", "GPU"]
+
+
+def test_a_processor_alone_is_no_accelerator():
+    assert on_device.accelerators() == len(on_device.accelerator_names()) == 0

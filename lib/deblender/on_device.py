@@ -119,6 +119,29 @@ def devices() -> list[str]:
         return []
 
 
+def accelerator_names() -> list[str]:
+    """What their maker calls the accelerators, for a card."""
+    match keras.backend.backend():
+        case "torch":
+            import torch
+
+            return [torch.cuda.get_device_name(name) for name in devices()]
+        case "jax":
+            import jax
+
+            return [d.device_kind for d in jax.devices() if d.platform != "cpu"]
+        case "tensorflow":
+            from tensorflow import config
+
+            each = map(
+                config.experimental.get_device_details,
+                config.list_physical_devices("GPU"),
+            )
+            return [details.get("device_name", "GPU") for details in each]
+        case _:
+            return []
+
+
 def composes(batches: Batches) -> bool:
     """Whether a device can compose them: not every kind, and not every code."""
     if type(batches) is Batches:

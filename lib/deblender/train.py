@@ -20,7 +20,7 @@ import yaml
 from .catalogues import Catalogue, catalogue
 from .files import data_folder
 from .fitting import OtherTraining
-from .on_device import accelerators, devices
+from .on_device import accelerator_names, accelerators, devices
 from .surveys import survey
 from .training import (
     LINEAR_RATE,
@@ -136,6 +136,7 @@ def provenance(arguments: list[str]) -> dict:
             "machine": platform.machine(),
             "cores": os.cpu_count(),
             "accelerators": accelerators(),
+            "accelerator_names": accelerator_names(),
         },
     }
 
