@@ -140,16 +140,9 @@ def train_vae(
         learning_rate,
         folder=folder and folder / "vae",
     )
-    card = {
-        "centring": centring,
-        "catalogue": _describe(catalogue),
-        "seed": seed,
-        "batch_size": batch_size,
-        "images_seen": {"vae": history.images_seen, "deblender": 0},
-        "vae": _summary(history, n_train, epochs, learning_rate),
-    }
-    if start is not None:
-        card["start"] = _origin(start)
+    card = _new_card(catalogue, centring, seed, batch_size, start)
+    card["images_seen"]["vae"] = history.images_seen
+    card["vae"] = _summary(history, n_train, epochs, learning_rate)
     network = Network(survey, normalisation, model.encoder, model.decoder, None, card)
     return network, history
 
@@ -241,15 +234,7 @@ def train_linear(
         size = -(-batch_size // (COPIES if kind is RepeatedBatches else 1))
         return kind(scenes, units, size, seed, code=code, **kwargs)
 
-    card = {
-        "centring": centring,
-        "catalogue": _describe(catalogue),
-        "seed": seed,
-        "batch_size": batch_size,
-        "images_seen": {"vae": 0, "deblender": 0},
-    }
-    if start is not None:
-        card["start"] = _origin(start)
+    card = _new_card(catalogue, centring, seed, batch_size, start)
     watch = _watch(network, watched)
     few = -(-epochs // CALIBRATION) if calibration is None else calibration
     stages = (
@@ -389,6 +374,24 @@ def _begin(
 def _origin(start: Network) -> dict:
     kind = {"survey": start.survey.name, "architecture": start.architecture}
     return {"survey": start.survey.name, "card": start.card | kind}
+
+
+def _new_card(
+    catalogue: Catalogue,
+    centring: str,
+    seed: int,
+    batch_size: int,
+    start: Network | None,
+) -> dict:
+    """What is known of a network before its training."""
+    card = {
+        "centring": centring,
+        "catalogue": _describe(catalogue),
+        "seed": seed,
+        "batch_size": batch_size,
+        "images_seen": {"vae": 0, "deblender": 0},
+    }
+    return card if start is None else card | {"start": _origin(start)}
 
 
 def _describe(catalogue: Catalogue) -> dict[str, str | bool]:
