@@ -182,11 +182,8 @@ def test_a_training_does_not_change_who_composes(
 
 
 def test_a_card_names_the_accelerators(monkeypatch):
-    names = {"PhysicalDevice 0": {"device_name": "NVIDIA H200"}, "PhysicalDevice 1": {}}
-    monkeypatch.setattr("tensorflow.config.list_physical_devices", lambda kind: names)
-    details = "tensorflow.config.experimental.get_device_details"
-    monkeypatch.setattr(details, names.get)
-    assert on_device.accelerator_names() == ["NVIDIA H200", "GPU"]
+    monkeypatch.setattr(on_device, "devices", lambda: ["cpu:0", "gpu:0", "gpu:1"])
+    assert on_device.accelerator_names() == ["gpu:0", "gpu:1"]
 
 
 def test_a_processor_alone_is_no_accelerator():

@@ -120,7 +120,7 @@ def devices() -> list[str]:
 
 
 def accelerator_names() -> list[str]:
-    """What their maker calls the accelerators, for a card."""
+    """What their maker calls the accelerators, or else the backend, for a card."""
     match keras.backend.backend():
         case "torch":
             import torch
@@ -130,16 +130,8 @@ def accelerator_names() -> list[str]:
             import jax
 
             return [d.device_kind for d in jax.devices() if d.platform != "cpu"]
-        case "tensorflow":
-            from tensorflow import config
-
-            each = map(
-                config.experimental.get_device_details,
-                config.list_physical_devices("GPU"),
-            )
-            return [details.get("device_name", "GPU") for details in each]
         case _:
-            return []
+            return [name for name in devices() if "cpu" not in name.lower()]
 
 
 def composes(batches: Batches) -> bool:
