@@ -104,7 +104,11 @@ class OnDevice(keras.Model):
 
 def accelerators() -> int:
     """How many devices other than processors the backend has."""
-    return sum("cpu" not in name.lower() for name in devices())
+    return len(_beyond_processors())
+
+
+def _beyond_processors() -> list[str]:
+    return [name for name in devices() if "cpu" not in name.lower()]
 
 
 def devices() -> list[str]:
@@ -131,7 +135,7 @@ def accelerator_names() -> list[str]:
 
             return [d.device_kind for d in jax.devices() if d.platform != "cpu"]
         case _:
-            return [name for name in devices() if "cpu" not in name.lower()]
+            return _beyond_processors()
 
 
 def composes(batches: Batches) -> bool:
