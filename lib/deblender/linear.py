@@ -259,7 +259,9 @@ class Code:
     def of_normalised(self, stamps):
         """The same of a tensor that is in units of the noise already."""
         flat = ops.reshape(stamps, (-1, self.images.shape[1]))
-        return ops.matmul(flat, self.images.T) / self.sizes
+        # PyTorch takes no arrays beside what lies on a GPU.
+        images = ops.convert_to_tensor(self.images.T)
+        return ops.matmul(flat, images) / ops.convert_to_tensor(self.sizes)
 
 
 def encoder(survey: Survey, decoder: keras.Model, name: str = "encoder") -> keras.Model:

@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 from astropy.table import vstack
+from keras import ops
 
 from . import linear
 from .batches import (
@@ -287,7 +288,7 @@ def _judge(
 
     def judge() -> dict[str, float]:
         losses = [
-            keras.ops.convert_to_numpy(loss(code, model(noisy)))
+            ops.convert_to_numpy(loss(ops.convert_to_tensor(code), model(noisy)))
             for noisy, code in (batches[i] for i in range(len(batches)))
         ]
         return watch() | {"typical": float(np.median(np.concatenate(losses)))}
