@@ -51,6 +51,14 @@ def test_a_decoder_can_be_shared(network, tmp_path):
         np.testing.assert_array_equal(x.numpy(), y.numpy())
 
 
+def test_what_was_loaded_and_changed_has_a_card_of_its_own(network, tmp_path):
+    weights.save(network, tmp_path / "a")
+    changed = deblender.load(tmp_path / "a")
+    changed.decoder.weights[0].assign(0 * changed.decoder.weights[0])
+    weights.save(changed, tmp_path / "b")
+    assert not deblender.load(tmp_path / "b").decoder.weights[0].numpy().any()
+
+
 def test_damage_is_noticed(network, tmp_path):
     weights.save(network, tmp_path / "net")
     file = tmp_path / "net" / "decoder.safetensors"
@@ -175,6 +183,20 @@ def test_a_card_is_for_reading(network, tmp_path):
     text = (tmp_path / "net" / weights.CARD).read_text()
     assert '"images": [ 64, 128 ],' in text  # on one line
     assert deblender.load(tmp_path / "net").card["curve"] == network.card.pop("curve")
+
+
+def test_a_card_keeps_curves_of_its_own_kind_alone(network, tmp_path):
+    curve = {"images": [64], "loss": [2.5]}
+    own = {key: None for key in weights.ALIKE} | {"centring": "exact"}
+    own |= {"survey": "lsst", "architecture": network.architecture}
+    other = own | {"centring": "peak", "vae": {"curve": curve, "scenes": 9}}
+    before = own | {"vae": {"curve": curve}, "start": {"card": other}}
+    network.card = own | {"vae": {"curve": curve}, "start": {"card": before}}
+    weights.save(network, tmp_path / "net")
+    last, first = deblender.load(tmp_path / "net").trainings[::-1]
+    assert last["vae"]["curve"] == first["vae"]["curve"] == curve
+    assert first["start"]["card"]["vae"] == {"scenes": 9}
+    assert other["vae"]["curve"] == curve  # what is saved stays as it was
 
 
 def test_names_in_a_folder_are_those_of_that_folder_alone(network, tmp_path):

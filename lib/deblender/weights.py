@@ -1,12 +1,13 @@
 """Trained networks on disk: safetensors parts, a JSON card, no pickle."""
 
+import copy
 import hashlib
 import json
 import os
 import platform
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -285,7 +286,24 @@ def save(
         if part not in share:
             write_whole(folder / name, _dump(_own(network, part)))
         files[part] = {"file": name, "sha256": _sha256((folder / name).read_bytes())}
-    write_whole(folder / CARD, _readable(_card(network, files)).encode())
+    card = _card(replace(network, card=_brief(network)), files)
+    write_whole(folder / CARD, _readable(card).encode())
+
+
+def _brief(network: Network) -> dict:
+    """Its card of the trainings, without the curves of networks of another kind.
+
+    Those that began it have their own card, in the book or wherever they came from.
+    """
+    card = copy.deepcopy(network.card)
+    other = card
+    for _ in network.trainings:
+        other = other.get("start", {}).get("card", {})
+    while other:
+        for stage in filter(lambda value: isinstance(value, dict), other.values()):
+            stage.pop("curve", None)
+        other = other.get("start", {}).get("card", {})
+    return card
 
 
 def _readable(card: dict) -> str:
