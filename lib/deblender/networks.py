@@ -23,8 +23,9 @@ SMALLEST_CODE_WIDTH = 1e-3  # the same for the likelihood of a code
 # logarithm: else one of them, of 10^7 widths, drowns what a training says of itself.
 ASTRAY = 30.0
 COPIES = 4  # of a blend, with other noise, by which its bias is seen
-# Of the variance beside the squared bias. Moments of a noisy image lengthen shapes by
-# the second order of its scatter; with this weight codes are as much too round.
+# Of the variance beside the squared bias. Moments of a noisy image lengthen shapes, by
+# the second order of its scatter; with this weight codes are too round by so much that
+# shear is answered as it should be.
 LEEWAY = 0.2
 MISTAKEN = 0.25  # weight of what neighbours do to a target, squared, beside the same
 # A sigmoid of this is close to the mean normalised pixel, so that training does not
