@@ -8,6 +8,7 @@ import platform
 import re
 import threading
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,12 +95,12 @@ class Network:
         another kind (see ALIKE), or a warm start.
         """
         own = _card(self, {})
-        cards = [self.card]
-        while before := cards[0].get("start", {}).get("card"):
-            if any(before.get(name) != own.get(name) for name in ALIKE):
-                break
-            cards.insert(0, before)
-        return cards
+
+        def alike(card: dict) -> bool:
+            return all(card.get(name) == own.get(name) for name in ALIKE)
+
+        last, *before = lineage(self.card)
+        return [last, *takewhile(alike, before)][::-1]
 
     @property
     def images_seen(self) -> dict[str, int]:
@@ -113,10 +114,8 @@ class Network:
     @property
     def codes_seen(self) -> dict[str, int]:
         """Images of the warm start that it goes back to, by part; {} without one."""
-        card = self.card
-        while "start" in card and "encoder" not in card["images_seen"]:
-            card = card["start"]["card"]
-        return card["images_seen"] if "encoder" in card["images_seen"] else {}
+        seen = (card["images_seen"] for card in lineage(self.card))
+        return next((images for images in seen if "encoder" in images), {})
 
     def deblend(
         self,
@@ -268,6 +267,14 @@ def _predict(model: keras.Model, values: np.ndarray):
     return keras.tree.map_structure(lambda array: array[: len(values)], output)
 
 
+def lineage(card: dict) -> list[dict]:
+    """A card and those of all networks it goes back to, the last training first."""
+    cards = [card]
+    while before := cards[-1].get("start", {}).get("card"):
+        cards.append(before)
+    return cards
+
+
 def save(
     network: Network, folder: str | os.PathLike, share: dict[str, str] | None = None
 ) -> None:
@@ -296,13 +303,10 @@ def _brief(network: Network) -> dict:
     Those that began it have their own card, in the book or wherever they came from.
     """
     card = copy.deepcopy(network.card)
-    other = card
-    for _ in network.trainings:
-        other = other.get("start", {}).get("card", {})
-    while other:
-        for stage in filter(lambda value: isinstance(value, dict), other.values()):
-            stage.pop("curve", None)
-        other = other.get("start", {}).get("card", {})
+    for other in lineage(card)[len(network.trainings) :]:
+        for value in other.values():
+            if isinstance(value, dict):  # a stage
+                value.pop("curve", None)
     return card
 
 
