@@ -3,6 +3,7 @@
 import galsim
 import numpy as np
 import pytest
+from astropy.io import fits
 
 import deblender
 from deblender.catalogues import LIMITING_MAGNITUDE, _bandpass
@@ -19,6 +20,20 @@ def test_splits_are_disjoint_and_bright_enough(synthetic):
     assert set(joined) == set(np.flatnonzero(r_mag < LIMITING_MAGNITUDE))
     np.testing.assert_array_equal(synthetic.split("all"), np.sort(joined))
     assert 4900 < len(parts["test"]) <= 5000 < len(parts["validation"])
+
+
+def test_fits_and_images_of_one_sample_share_their_splits(tmp_path):
+    write_stamps(tmp_path, n_galaxies=60, seed=4)
+    with fits.open(tmp_path / "real_galaxy_catalog_25.2_fits.fits", "update") as tables:
+        tables[1].data["fit_status"][[3, 20]] = 0  # failed, of both kinds
+    (tmp_path / "real_galaxy_catalog_25.2_selection.fits").touch()
+    fitted, imaged = (
+        deblender.catalogue(tmp_path, real=real) for real in (False, True)
+    )
+    assert (len(fitted), len(imaged)) == (58, 60)
+    for name in ("train", "validation", "test"):
+        known = fitted.rows[fitted.split(name)]
+        assert len(known) and set(known) <= set(imaged.rows[imaged.split(name)])
 
 
 def test_magnitudes_are_those_of_the_chromatic_galaxy(synthetic):
@@ -42,9 +57,9 @@ def test_profile_has_unit_flux(synthetic):
 
 
 def test_real_rows_are_read(cosmos_folder):
-    fits = deblender.catalogue(cosmos_folder)
+    fitted = deblender.catalogue(cosmos_folder)
     stamps = deblender.catalogue(cosmos_folder, real=True)
-    assert len(fits) == len(stamps) == 60
+    assert len(fitted) == len(stamps) == 60
     assert stamps.profile(0).flux == pytest.approx(1)
     assert np.isfinite(stamps.magnitudes(deblender.survey("lsst"))).all()
 

@@ -72,6 +72,7 @@ class Catalogue:
     `name` and `real` rebuild it with `catalogue(name, real)`; `digest` is the SHA-256
     of its tables. `f814w` (galaxy,) is the AB magnitude, `redshift` (galaxy,),
     `fractions` (galaxy, template) the share of the F814W flux with each SED template.
+    `rows` (galaxy,) are those in the tables, of `table_size` galaxies.
     """
 
     name: str
@@ -81,6 +82,8 @@ class Catalogue:
     redshift: np.ndarray
     fractions: np.ndarray
     source: galsim.COSMOSCatalog | galsim.RealGalaxyCatalog
+    rows: np.ndarray
+    table_size: int
 
     def __len__(self) -> int:
         return len(self.f814w)
@@ -97,22 +100,24 @@ class Catalogue:
         """Rows of the galaxies brighter than r = 27.5 in a part of the catalogue.
 
         `"test"` comes from 5000 galaxies (a quarter of a small catalogue) that never
-        serve elsewhere; the rest is `"validation"` (a sixth) and `"train"` (section
-        2.1). `"all"` takes them all, to test networks that know another catalogue.
+        serve elsewhere, neither as images nor as fits; the rest is `"validation"` (a
+        sixth) and `"train"` (section 2.1). `"all"` takes them all, to test networks
+        that know another catalogue.
 
         Raises ValueError for another name.
         """
         if name not in SPLITS:
             raise ValueError(f"unknown split {name!r}; accepted: {', '.join(SPLITS)}")
-        order = np.random.default_rng(len(self)).permutation(len(self))
-        n_test = min(N_TEST, len(self) // 4)
-        n_validation = (len(self) - n_test) // 6
+        # Of the whole table: fits leave out a few galaxies of which there are images.
+        n = self.table_size
+        order = np.random.default_rng(n).permutation(n)
+        n_test = min(N_TEST, n // 4)
+        n_validation = (n - n_test) // 6
         parts = np.split(order, [n_test, n_test + n_validation])
         parts = dict(zip(("test", "validation", "train"), parts, strict=True))
-        rows = parts.get(name, order)
         lsst = survey("lsst")
-        r_mag = self.magnitudes(lsst)[:, lsst.reference_index]
-        return np.sort(rows[r_mag[rows] < LIMITING_MAGNITUDE])
+        bright = self.magnitudes(lsst)[:, lsst.reference_index] < LIMITING_MAGNITUDE
+        return np.flatnonzero(bright & np.isin(self.rows, parts.get(name, order)))
 
     def profile(self, index: int) -> galsim.GSObject:
         """The galaxy before the PSF, as a GalSim profile of unit flux.
@@ -211,6 +216,7 @@ def _has_images(main: Path) -> bool:
 def _read(name: str, main: Path, real: bool) -> Catalogue:
     digest = hashlib.sha256(main.read_bytes() + _fits_of(main).read_bytes()).hexdigest()
     profiles = Table.read(_fits_of(main))
+    table_size = len(profiles)
     if real:
         source = galsim.RealGalaxyCatalog(main.name, dir=str(main.parent))
         rows = np.arange(source.nobjects)
@@ -236,6 +242,8 @@ def _read(name: str, main: Path, real: bool) -> Catalogue:
         np.clip(np.asarray(redshift, dtype=float), 0, None),
         _template_fractions(profiles),
         source,
+        np.asarray(rows),
+        table_size,
     )
 
 
