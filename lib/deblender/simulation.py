@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +48,9 @@ FEW = 50.0  # electrons, below which the shape of Poisson's distribution shows
 CHUNK = 100  # scenes a task draws and writes at a time
 # Unit-flux pixels times this fit the range of float16: relative error below 5e-4.
 STAMP_SCALE = 1024.0
-FORMAT = 8  # of what is cached; raise it when the same call would draw other bits
+FORMAT = 9  # of what is cached; raise it when the same call would draw other bits
+# Profiles, random numbers, centring errors, peaks and colours come from these.
+DRAWN_WITH = ("galsim", "numpy", "scipy", "photutils", "speclite")
 
 
 @dataclass
@@ -289,7 +292,8 @@ class _Task:
     @property
     def key(self) -> str:
         """Name of the folder that keeps these scenes."""
-        content = asdict(self) | {"format": FORMAT, "galsim": galsim.__version__}
+        content = asdict(self) | {"format": FORMAT}
+        content |= {name: version(name) for name in DRAWN_WITH}
         content["catalogue"] = self.catalogue[1:]  # the content, wherever it lies
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -365,10 +369,10 @@ class _Painter:
         radius[0] = 0
         shift = rng.uniform(-0.5, 0.5, 2) * PIXEL_SQUARE
         shift = shift * (self.task.centring != "exact")
-        if self.task.offsets:
+        if self.task.offsets:  # fitted to distances that the square is a part of
             error = stats.betaprime.rvs(*self.task.offsets, random_state=rng)
             angle = rng.uniform(0, 2 * np.pi)
-            shift = shift + error * np.array([np.cos(angle), np.sin(angle)])
+            shift = error * np.array([np.cos(angle), np.sin(angle)])
         dx = radius * np.cos(direction) + shift[0]
         dy = radius * np.sin(direction) + shift[1]
         return _Scene(rows, angles, dx, dy)
