@@ -1,5 +1,7 @@
 """Physics of the scenes: flux, noise, positions, targets, seeds."""
 
+import errno
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -244,6 +246,20 @@ def test_interrupted_work_resumes(synthetic, tmp_path, monkeypatch):
     _share_catalogues(tmp_path / "again", monkeypatch)
     whole = simulate(synthetic, survey, 2 * CHUNK, 1, seed=11, processes=1)
     np.testing.assert_array_equal(resumed.stamps["LSST"], whole.stamps["LSST"])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no such call here")
+def test_a_full_disk_is_noticed_every_time(synthetic, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEBLENDER_CACHE", str(tmp_path))
+    _share_catalogues(tmp_path, monkeypatch)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    for _ in range(2):
+        with pytest.raises(OSError, match="no space left"):
+            simulate(synthetic, deblender.survey("lsst"), 5, 1, seed=11, processes=1)
 
 
 def test_the_same_scenes_are_drawn_once_by_two(synthetic, tmp_path, monkeypatch):

@@ -573,10 +573,12 @@ def _allocate(folder: Path, task: _Task, n_galaxies: int) -> None:
         file = _stamp_file(folder, instrument.name)
         if file.exists():
             continue
-        np.lib.format.open_memmap(file, "w+", np.float16, shape).flush()
+        scratch = file.with_suffix(".scratch.npy")
+        np.lib.format.open_memmap(scratch, "w+", np.float16, shape).flush()
         if hasattr(os, "posix_fallocate"):  # else a full disk kills, in mid-drawing
-            with open(file, "r+b") as whole:
-                os.posix_fallocate(whole.fileno(), 0, file.stat().st_size)
+            with open(scratch, "r+b") as whole:
+                os.posix_fallocate(whole.fileno(), 0, scratch.stat().st_size)
+        os.replace(scratch, file)
 
 
 def _merge(folder: Path, starts: range) -> None:
