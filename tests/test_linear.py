@@ -49,6 +49,13 @@ def test_components_are_those_of_a_singular_value_decomposition(blends, units):
     np.testing.assert_allclose(sizes, values[:20] / np.sqrt(200), rtol=1e-3)
 
 
+def test_as_many_scenes_as_components_are_enough(synthetic, survey):
+    few = deblender.simulate(synthetic, survey, linear.N_COMPONENTS, 4, seed=3)
+    images, sizes = linear.fit_components(few, linear.N_COMPONENTS)
+    np.testing.assert_allclose(images @ images.T, np.eye(len(images)), atol=1e-4)
+    assert (sizes > 0).all()
+
+
 def test_too_few_scenes_are_named(blends):
     with pytest.raises(ValueError, match="received 5 scenes; accepted: 20 or more"):
         linear.fit_components(blends.take(np.arange(5)), 20)

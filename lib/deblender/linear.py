@@ -117,7 +117,9 @@ def fit_components(scenes: Scenes, n_components: int) -> tuple[np.ndarray, np.nd
     stamps = dihedral(stamps, np.arange(len(stamps)) % 8)
     size = ops.convert_to_numpy(amplitudes(stamps, aperture(survey)))
     vectors = stamps.reshape(len(stamps), -1) / size  # (scene, feature)
-    values, rotations = np.linalg.eigh(vectors @ vectors.T)
+    # The faintest values are 10^-8 of the largest, below what single precision adds up.
+    gram = np.matmul(vectors, vectors.T, dtype=np.float64)
+    values, rotations = np.linalg.eigh(gram)
     largest = np.argsort(values)[: -n_components - 1 : -1]
     values, rotations = values[largest], rotations[:, largest]
     images = (rotations / np.sqrt(values)).T @ vectors
