@@ -291,6 +291,8 @@ def test_recorded_numbers_can_be_formatted_in_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(plotting, "_recorded", {})
     plotting.record("04_x", m=np.float64(0.5), bad=np.nan, name="a", many=[1])
     assert [repr(glued[name]) for name in ("m", "bad")] == ["0.5", "nan"]
+    plotting.record("04_x", few=np.int64(3), half=np.float32(0.5))
+    assert [repr(glued[name]) for name in ("few", "half")] == ["3", "0.5"]
     assert glued["name"] == "a" and "many" not in glued
 
 

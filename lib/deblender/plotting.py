@@ -806,6 +806,7 @@ def record(stem: str, **numbers: Any) -> dict[str, Any]:
     is built, single numbers are also glued, for the text to quote by name.
     """
     for name, value in numbers.items():
+        value = value.item() if isinstance(value, np.generic) else value
         if isinstance(value, int | float | str):
             # NaN stays a number here, or the text could not format it.
             _glue(name, float(value) if isinstance(value, float) else value)
