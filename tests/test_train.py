@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
 import deblender
+from deblender import train as program
 from deblender import training
 from deblender.train import RECIPES, Sizes, main, sizes_of
 
@@ -136,6 +138,13 @@ def test_a_vae_without_encoder_begins_with_the_deblender(tmp_path):
     old = book.deblender.get_weights()[4]
     new = network.encoder.get_weights()[4]
     assert 0 < np.abs(new - old).max() < 0.01  # few steps away
+
+
+def test_a_card_names_the_commit_of_its_own_checkout_alone(monkeypatch):
+    assert len(program._commit()) == 40
+    inside = Path(program.__file__).parent / "site-packages" / "train.py"
+    monkeypatch.setattr(program, "__file__", str(inside))  # installed in a checkout
+    assert program._commit() == ""
 
 
 def test_every_network_of_the_book_has_a_recipe():

@@ -150,12 +150,15 @@ def _share_batches() -> None:
 
 def _commit() -> str:
     """Commit of the library, empty outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    checkout = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "HEAD"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return answer.stdout.strip()
+    top, commit = answer.stdout.split()
+    # Installed, the library may lie in an environment inside another repository.
+    return commit if Path(top) == checkout else ""
 
 
 def main(arguments: list[str] | None = None) -> None:
