@@ -110,7 +110,7 @@ def test_checkpoint_of_another_precision_is_refused(whole):
 def test_an_epoch_whose_loss_is_no_number_is_not_the_best(tmp_path):
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("adam", "mse")
-    recorder = SimpleNamespace(history=History())
+    recorder = SimpleNamespace(history=History(), last_point=(0, 0.0))
     checkpoint = fitting.Checkpoint(tmp_path, recorder, {})
     checkpoint.set_model(model)
     best = []
@@ -126,7 +126,7 @@ def test_an_epoch_whose_loss_is_no_number_is_not_the_best(tmp_path):
 
 
 def test_typical_loss_decides_where_it_is_watched(tmp_path):
-    recorder = SimpleNamespace(history=History())
+    recorder = SimpleNamespace(history=History(), last_point=(0, 0.0))
     checkpoint = fitting.Checkpoint(tmp_path, recorder, {})
     curve = recorder.history.curve
     curve["val_loss"] = [5.0] + [900.0] * PATIENCE  # a few blends far astray
@@ -161,8 +161,24 @@ def test_recorder_counts_a_last_batch_that_is_short(synthetic):
     batches = Batches(scenes, Normalisation(np.full(6, 5000.0)), 4)
     recorder = Recorder(batches, epochs=2)
     recorder.on_train_begin()
-    recorder.on_epoch_begin(0)
     for step in range(3):
         recorder.on_train_batch_end(step, {"loss": 1.0})
     recorder.on_train_end()
     assert recorder.history.images_seen == 10
+
+
+def test_points_of_the_curve_are_means_of_what_lies_between(synthetic):
+    scenes = deblender.simulate(synthetic, deblender.survey("lsst"), 10, seed=3)
+    batches = Batches(scenes, Normalisation(np.full(6, 5000.0)), 2)
+    recorder = Recorder(batches, epochs=2)
+    recorder.every = 3  # of five batches in an epoch
+    losses = np.array([[4.0, 1.0, 1.0, 3.0, 5.0], [7.0, 2.0, 2.0, 2.0, 9.0]])
+    recorder.on_train_begin()
+    for epoch, each in enumerate(losses):
+        means = np.cumsum(each) / np.arange(1, 6)  # what Keras reports
+        for step, mean in enumerate(means):
+            recorder.on_train_batch_end(step, {"loss": mean})
+        recorder.on_epoch_end(epoch, {"loss": means[-1]})
+    recorder.on_train_end()
+    expected = losses.ravel()[:9].reshape(3, 3).mean(axis=1)
+    np.testing.assert_allclose(recorder.history.curve["loss"], expected)

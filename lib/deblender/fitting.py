@@ -65,15 +65,15 @@ class Recorder(keras.callbacks.Callback):
         self.batches, self.epochs, self.watch = batches, epochs, watch
         self.every = max(len(batches) * epochs // 40, 1)
         self.history, self.steps = History(), 0
+        # Batches and sum of their losses up to the last point of the curve, counted
+        # from the begin of the epoch: negative where the point is of an earlier one.
+        self.last_point = (0, 0.0)
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self.start = time.monotonic() - self.history.seconds
         total = self.epochs * len(self.batches.scenes)  # of this stage
         seen = self.history.images_seen
         self.bar = tqdm(desc="training", total=total, initial=seen, unit=" images")
-
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        self.before, self.total_before = 0, 0.0
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self.steps += 1
@@ -88,13 +88,16 @@ class Recorder(keras.callbacks.Callback):
     def _keep(self, batches: int, loss: float) -> None:
         # Keras reports the mean since the epoch began.
         total = float(loss) * batches
-        mean = (total - self.total_before) / (batches - self.before)
+        before, total_before = self.last_point
+        mean = (total - total_before) / (batches - before)
         self.history.curve["images"].append(self.history.images_seen)
         self.history.curve["loss"].append(round(mean, 2))
-        self.before, self.total_before = batches, total
+        self.last_point = (batches, total)
         self.bar.set_postfix(loss=f"{mean:.1f}", refresh=False)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        (before, total), n = self.last_point, len(self.batches)
+        self.last_point = (before - n, total - float(logs["loss"]) * n)
         if "val_loss" in logs:
             self.history.curve["val_images"].append(self.history.images_seen)
             self.history.curve["val_loss"].append(round(float(logs["val_loss"]), 2))
@@ -132,6 +135,7 @@ class Checkpoint(keras.callbacks.Callback):
             )
         fill_variables(self._variables(model), self.last)
         self.recorder.history = History(**state["history"])
+        self.recorder.last_point = state["last_point"]
         self.recorder.steps = state["epochs"] * len(self.recorder.batches)
         for _ in range(state["epochs"]):
             self.recorder.batches.on_epoch_end()
@@ -142,6 +146,7 @@ class Checkpoint(keras.callbacks.Callback):
         if not losses or losses[-1] <= min(losses):
             write_whole(self.best, dump_variables(self.model.weights, {}))
         state = {"epochs": epoch + 1, "setting": self.setting, "history": history}
+        state |= {"last_point": self.recorder.last_point}
         write_whole(self.last, dump_variables(self._variables(self.model), state))
         write_whole(self.log, json.dumps(history, indent=1).encode())
         if self.over():
