@@ -28,6 +28,15 @@ def make_once(folder: Path, make: Callable[[], None]) -> Path:
     return folder
 
 
+def write_together(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write files into a folder, none of them before all are on the disk."""
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
+        for name, content in contents.items():
+            (Path(scratch) / name).write_bytes(content)
+        for name in contents:
+            os.replace(Path(scratch) / name, folder / name)
+
+
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     scratch = tempfile.NamedTemporaryFile(dir=file.parent, delete=False)

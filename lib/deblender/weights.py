@@ -20,7 +20,7 @@ from safetensors.numpy import save as dump_safetensors
 
 from . import linear, networks
 from .batches import dihedral
-from .files import data_folder, write_whole
+from .files import data_folder, write_together
 from .normalisation import NoiseUnits, Normalisation
 from .surveys import Survey, survey
 from .workers import spread
@@ -278,23 +278,25 @@ def lineage(card: dict) -> list[dict]:
 def save(
     network: Network, folder: str | os.PathLike, share: dict[str, str] | None = None
 ) -> None:
-    """Write a network's parts and its card into `folder`, each file whole or not.
+    """Write a network's parts and its card into `folder`, all of them or none.
 
     `share` maps a part to a file elsewhere, relative to `folder` (`{"decoder":
     "../lsst/decoder.safetensors"}`), for a part that another network holds already.
     """
     folder, share = Path(folder), share or {}
     folder.mkdir(parents=True, exist_ok=True)
-    files = {}
+    files, contents = {}, {}
     for part in PARTS:
         if getattr(network, part) is None:
             continue
         name = share.get(part, f"{part}.safetensors")
-        if part not in share:
-            write_whole(folder / name, _dump(_own(network, part)))
-        files[part] = {"file": name, "sha256": _sha256((folder / name).read_bytes())}
+        if part in share:
+            content = (folder / name).read_bytes()
+        else:
+            content = contents[name] = _dump(_own(network, part))
+        files[part] = {"file": name, "sha256": _sha256(content)}
     card = _card(replace(network, card=_brief(network)), files)
-    write_whole(folder / CARD, _readable(card).encode())
+    write_together(folder, contents | {CARD: _readable(card).encode()})
 
 
 def _brief(network: Network) -> dict:
