@@ -176,6 +176,7 @@ def test_half_width_of_normal_errors_is_their_sigma():
     values = np.random.default_rng(1).normal(3, 0.2, 20_000)
     values[::3] = np.nan
     assert m.half_width(values) == pytest.approx(0.2, rel=0.03)
+    assert np.isnan(m.half_width(values[:2]))  # one of them measured
     assert m.percentiles(values)[1] == pytest.approx(3, abs=0.01)
     assert np.isnan(m.percentiles(np.array([np.nan]))).all()
 

@@ -86,3 +86,17 @@ def test_runs_without_a_word_on_stderr(chapter, tmp_path, monkeypatch):
     executed = execute(chapter, parameters, tmp_path / "executed.ipynb", tmp_path)
     outputs = [o for cell in executed.cells for o in cell.get("outputs", [])]
     assert not [o.text for o in outputs if o.get("name") == "stderr"]
+
+
+@pytest.mark.slow
+def test_chapters_of_the_paper_profile_follow_one_another(tmp_path, monkeypatch):
+    """Its networks, trained in small: each chapter reads what those before it left."""
+    monkeypatch.setenv("DEBLENDER_BUILD", str(tmp_path))
+    nets = {name: str(tmp_path / "nets") for name in ("weights", "save_to")}
+    small, large = profile(ROOT, "quick"), profile(ROOT, "paper")
+    for chapter in CHAPTERS:
+        switches = large[chapter.name].keys() & {"train", *nets}
+        if switches:
+            asked = {name: nets.get(name, True) for name in switches}
+            parameters = small[chapter.name] | asked
+            execute(chapter, parameters, tmp_path / f"{chapter.name}.ipynb", tmp_path)

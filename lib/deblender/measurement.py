@@ -193,23 +193,28 @@ def errors(measured: Table, target: Table, band: str = "r") -> Table:
     return table
 
 
+def _measured(values: np.ndarray) -> np.ndarray:
+    """What is a number in a column, masked or not."""
+    values = np.ma.filled(np.asanyarray(values, dtype=float), np.nan)
+    return values[np.isfinite(values)]
+
+
 def percentiles(values: np.ndarray) -> np.ndarray:
     """The 16th, 50th and 84th of a column of errors; NaN are left out.
 
     NaN where nothing is left.
     """
-    values = np.ma.filled(np.asanyarray(values, dtype=float), np.nan)
-    values = values[np.isfinite(values)]
+    values = _measured(values)
     return np.percentile(values, [16, 50, 84]) if len(values) else np.full(3, np.nan)
 
 
 def half_width(values: np.ndarray) -> float:
     """Half the distance of the 16th and 84th percentiles: of a normal error, its sigma.
 
-    Section 4.1; NaN are left out.
+    Section 4.1; NaN are left out, and one value alone has no width but NaN.
     """
     low, _, high = percentiles(values)
-    return float(high - low) / 2
+    return np.nan if len(_measured(values)) < 2 else float(high - low) / 2
 
 
 def _bootstrap(
