@@ -85,6 +85,28 @@ def test_stamps_are_deblended_alike_on_a_cluster(client, monkeypatch):
         np.testing.assert_array_equal(getattr(away, name), getattr(alone, name))
 
 
+def test_stamps_are_deblended_alike_though_a_worker_is_killed(client, monkeypatch):
+    network, lost = deblender.load("lsst"), Lost()
+    client.cluster.scheduler.add_plugin(lost)
+    victim = next(iter(client.run(os.getpid).values()))
+    monkeypatch.setattr(weights, "PIECE", weights.BATCH)
+    rng = np.random.default_rng(3)
+    noisy = rng.normal(0, 250, (8 * weights.BATCH, 64, 64, 6)).astype(np.float32)
+    alone = network.deblend(noisy)
+
+    def spread_and_kill(*args, **kwargs):
+        """When the first piece has come in, the others are at work."""
+        for i, piece in enumerate(spread(*args, **kwargs)):
+            if i == 0:
+                os.kill(victim, signal.SIGKILL)
+            yield piece
+
+    monkeypatch.setattr(weights, "spread", spread_and_kill)
+    away = network.deblend(noisy, client=client)
+    assert lost.workers
+    np.testing.assert_array_equal(away.image, alone.image)
+
+
 def test_an_error_of_a_worker_is_raised(client):
     with pytest.raises(ZeroDivisionError):
         list(spread(_divide, 1, [1, 0], client))
