@@ -116,6 +116,11 @@ FIGURES = {
         [("S/N", data()["snr"], np.geomspace(5, 500, 4))],
         ["width of r", "width of e"],
     ),
+    "lines_in_bins": lambda: plotting.lines_in_bins(
+        [{label: [np.arange(3.0), np.arange(2.0)] for label in LABELS}] * 2,
+        [("S/N", np.geomspace(5, 500, 4)), ("blendedness", np.array([0, 0.1, 0.8]))],
+        ["slope", "failed"],
+    ),
     "rates": lambda: plotting.rates(
         {"drawing": {"a peer": 3.0, "fast": 40.0}, "fitting": {"another": 2e3}},
         ours=["fast"],
@@ -150,6 +155,7 @@ def text_of(fig: Figure) -> str:
         ("bias_against_snr", [*LABELS, "S/N", r"\alpha"]),
         ("shear_bias", ["LSST target", "component 2", "$m$ (%)", "$c$"]),
         ("half_widths", [*LABELS, "S/N", "width of r", "width of e"]),
+        ("lines_in_bins", [*LABELS, "S/N", "blendedness", "slope", "failed"]),
         ("rates", ["a peer", "40", "per second", "this book"]),
         ("scaling", [*LABELS, "processes", "memory (GB)", "scenes"]),
         ("posterior", [*LABELS, "|e|", "(mag)"]),

@@ -597,26 +597,52 @@ def half_widths(
     zero that span more than a decade make it logarithmic. Bins of fewer than ten
     galaxies have no point.
     """
-    fig, axes = _figure(len(errors), len(xs), 1 + 2.4 * len(errors), sharex="col")
-    styles = _styles(list(errors[0]))
-    for row, of_error, ylabel in zip(axes, errors, ylabels, strict=True):
-        for ax, (_, x, edges) in zip(row, xs, strict=True):
-            for label, error in of_error.items():
-                table = binned(x, error, edges)
-                width = np.where(table["n"] < 10, np.nan, table["p84"] - table["p16"])
-                middle = (table["low"] + table["high"]) / 2
-                if log := edges[0] > 0 and edges[-1] > 10 * edges[0]:
-                    middle = np.sqrt(table["low"] * table["high"])
-                ax.plot(middle, width / 2, ms=5, lw=1.4, **styles[label], label=label)
+
+    def widths(error: np.ndarray) -> list[np.ndarray]:
+        """Of the bins of each x."""
+        tables = [binned(x, error, edges) for _, x, edges in xs]
+        return [
+            np.where(table["n"] < 10, np.nan, table["p84"] - table["p16"]) / 2
+            for table in tables
+        ]
+
+    rows = [{label: widths(e) for label, e in each.items()} for each in errors]
+    fig = lines_in_bins(rows, [(label, edges) for label, _, edges in xs], ylabels)
+    for ax in fig.axes:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    return fig
+
+
+@plt.rc_context(STYLE)
+def lines_in_bins(
+    rows: Sequence[Mapping[str, Sequence[np.ndarray]]],
+    xs: Sequence[tuple[str, np.ndarray]],
+    ylabels: Sequence[str],
+) -> Figure:
+    """Numbers of bins as lines; a row of panels a number, a column an x.
+
+    `rows`: for each number, named by `ylabels`, a mapping of label to what it is in the
+    bins (bin,) of each x; the same labels in all. `xs`: label and edges (bin + 1,);
+    edges above zero that span more than a decade make its axis logarithmic.
+    """
+    fig, axes = _figure(len(rows), len(xs), 1 + 2.4 * len(rows), sharex="col")
+    styles = _styles(list(rows[0]))
+    for j, (xlabel, edges) in enumerate(xs):
+        log = edges[0] > 0 and edges[-1] > 10 * edges[0]
+        middle = (edges[:-1] + edges[1:]) / 2
+        if log:
+            middle = np.sqrt(edges[:-1] * edges[1:])
+        for ax, lines in zip(axes[:, j], rows, strict=True):
+            for label, of_x in lines.items():
+                ax.plot(middle, of_x[j], ms=5, lw=1.4, **styles[label], label=label)
             if log:
                 _log_axis(ax, edges[0], edges[-1])
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            ax.yaxis.set_minor_formatter(NullFormatter())
-        row[0].set(ylabel=ylabel)
-    for ax, (xlabel, *_) in zip(axes[-1], xs, strict=True):
-        ax.set(xlabel=xlabel)
+        axes[-1, j].set(xlabel=xlabel)
+    for ax, ylabel in zip(axes[:, 0], ylabels, strict=True):
+        ax.set(ylabel=ylabel)
     _legend(fig, *reversed(axes[0, 0].get_legend_handles_labels()))
     return fig
 
