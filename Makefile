@@ -5,10 +5,10 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lint sync format bench clean
+.PHONY: help setup book test lint sync format bench bench-test clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 setup: $(READY)  ## make .venv with the pinned dependencies and the library
 
@@ -40,11 +40,17 @@ format: $(READY)  ## mend style where a program can
 BENCH := benchmarks/.venv
 SECTIONS ?=
 
-bench:  ## measure speed and memory beside the peers, in an environment of their own
+$(BENCH)/ready: benchmarks/requirements.lock pyproject.toml
 	test -x $(BENCH)/bin/pip || $(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.lock
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+bench: $(BENCH)/ready  ## measure speed and memory beside the peers, in an environment of their own
 	$(BENCH)/bin/python benchmarks/bench.py $(SECTIONS)
+
+bench-test: $(BENCH)/ready  ## try the deblender inside BlendingToolKit, in the same environment
+	$(BENCH)/bin/python -m pytest benchmarks
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build

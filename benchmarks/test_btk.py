@@ -1,6 +1,7 @@
-"""The deblender inside BlendingToolKit: `pytest benchmarks` in its environment."""
+"""The deblender inside BlendingToolKit: `make bench-test`."""
 
 import btk
+import btk.metrics.reconstruction as metrics
 import numpy as np
 import pytest
 
@@ -41,3 +42,18 @@ def test_answers_are_those_of_btk_and_resemble_the_galaxies(blends):
         a, b = truth[brightest].ravel(), found[brightest].ravel()
         cosines.append(a @ b / np.sqrt((a @ a) * (b @ b)))
     assert np.median(cosines) > 0.98
+
+
+def test_metrics_of_btk_prefer_the_answers_to_the_blends(blends):
+    answers = NetworkDeblender(max_n_sources=3)(blends).deblended_images
+    r = blends.survey.available_filters.index("r")
+    truth, answers = blends.isolated_images[:, :, r], answers[:, :, r]
+    there = truth.any(axis=(2, 3), keepdims=True)  # (blend, galaxy, y, x)
+    nothing = np.where(there, blends.blend_images[:, None, r], 0)
+    # PSNR wants no pixel below zero.
+    truth, answers, nothing = (
+        np.maximum(each, 0) for each in (truth, answers, nothing)
+    )
+    for metric, better in ((metrics.MSE, np.less), (metrics.PSNR, np.greater)):
+        ours, theirs = (metric(len(truth))(truth, each) for each in (answers, nothing))
+        assert better(ours, theirs), (metric, ours, theirs)
