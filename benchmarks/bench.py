@@ -6,11 +6,11 @@ at a time; sections can be named: `python benchmarks/bench.py simulation deblend
 """
 
 import cProfile
+import datetime
 import json
 import os
 import platform
 import pstats
-import re
 import subprocess
 import sys
 import tempfile
@@ -450,16 +450,24 @@ SECTIONS = (
 )
 
 
-def machine() -> dict[str, str | int]:
-    """What the results were measured on, and with which versions."""
+def setting() -> dict[str, str | int]:
+    """When and on what a section is measured, and with which versions."""
+    from deblender.on_device import processor
+
     info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    model = re.search(r"model name\s*: (.*)", text)
+    flags = info.read_text() if info.is_file() else ""
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+    )
     packages = ("blending_toolkit", "galsim", "keras", "scarlet2", "sep")
     return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip(),
         "cores": os.cpu_count(),
-        "processor": model[1] if model else platform.machine(),
-        "matrix units": "AMX" if "amx_bf16" in text else "none known",
+        "processor": processor(),
+        "matrix units": "AMX" if "amx_bf16" in flags else "none known",
         "python": platform.python_version(),
     } | {package: version(package) for package in packages}
 
@@ -472,7 +480,7 @@ def main(names: list[str]) -> None:
     file = ROOT / "build" / "metrics" / "bench.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(file.read_text()) if file.is_file() else {}
-    results["machine"] = machine()
+    results.setdefault("measured", {})
     with tempfile.TemporaryDirectory() as cache:
         deblender.catalogue("synthetic")  # drawn before the clock starts
         for drawn in cache_folder().glob("synthetic-*"):
@@ -481,6 +489,7 @@ def main(names: list[str]) -> None:
         for name in names or known:
             print(name, flush=True)
             results[name] = known[name]()
+            results["measured"][name] = setting()
             write_whole(file, json.dumps(results, indent=2).encode())
     print(f"results are in {file}")
 

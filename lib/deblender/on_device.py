@@ -5,7 +5,10 @@ over unit-flux stamps in half precision, fluxes and turns, and the device adds u
 galaxies and noise; what comes out is what `batches` would compose, but for the noise.
 """
 
+import platform
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -136,6 +139,13 @@ def accelerator_names() -> list[str]:
             return [d.device_kind for d in jax.devices() if d.platform != "cpu"]
         case _:
             return _beyond_processors()
+
+
+def processor() -> str:
+    """What its maker calls the processor, or else its kind."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return named[1] if named else platform.machine()
 
 
 def composes(batches: Batches) -> bool:

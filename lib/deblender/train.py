@@ -20,7 +20,7 @@ import yaml
 from .catalogues import Catalogue, catalogue
 from .files import data_folder
 from .fitting import OtherTraining
-from .on_device import accelerator_names, accelerators, devices
+from .on_device import accelerator_names, accelerators, devices, processor
 from .surveys import survey
 from .training import (
     LINEAR_RATE,
@@ -134,6 +134,7 @@ def provenance(arguments: list[str]) -> dict:
         "commit": _commit(),
         "hardware": {
             "machine": platform.machine(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "accelerators": accelerators(),
             "accelerator_names": accelerator_names(),

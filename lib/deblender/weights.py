@@ -8,6 +8,8 @@ import platform
 import re
 import threading
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,7 +161,10 @@ class Network:
         Raises ValueError for a linear decoder, whose latent numbers are not normal.
         """
         if self.architecture == "linear":
-            raise ValueError("received a linear decoder; accepted: a VAE to draw from")
+            raise ValueError(
+                "received a linear decoder; accepted: a VAE to draw from, or latent "
+                "vectors of a deblender.flow for `decode`"
+            )
         size = self.decoder.input_shape[-1]
         return self.decode(rng.standard_normal((n, size), dtype=np.float32))
 
@@ -408,11 +413,14 @@ def available(folder: Path | None = None) -> list[str]:
 
 def software() -> dict[str, str]:
     """Versions that a card records."""
+    backend = keras.backend.backend()
     return {
         "python": platform.python_version(),
         "keras": keras.__version__,
-        "backend": keras.backend.backend(),
+        "backend": backend,
+        backend: import_module(backend).__version__,
         "numpy": np.__version__,
+        "galsim": version("galsim"),
     }
 
 
