@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import keras
@@ -112,6 +116,33 @@ def test_transfer_from_the_book_keeps_its_own_copy_of_the_prior(tmp_path):
     network = deblender.load(name, folder=tmp_path)
     assert network.survey.name == "lsst+euclid"
     assert (tmp_path / name / "decoder.safetensors").is_file()
+
+
+def test_killed_between_its_stages_the_program_ends_with_the_same_bits(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "deblender.train",
+        "lsst",
+        *TINY,
+        "--n-train",
+        "64",
+    ]
+    command += ["--epochs", "2", "--calibration", "2", "--out"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, str(whole)], check=True, stderr=subprocess.DEVNULL)
+    log = killed / "lsst.checkpoints" / "calibration" / "history.json"
+    quiet = {"stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*command, str(killed)], **quiet) as process:
+        while not log.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and not (killed / "lsst").exists()
+    assert len(json.loads(log.read_text())["curve"]["val_loss"]) < 2
+    subprocess.run([*command, str(killed)], check=True, **quiet)
+    for part in ("deblender", "correlation"):
+        file = Path("lsst") / f"{part}.safetensors"
+        assert (whole / file).read_bytes() == (killed / file).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["lsst", "lsst-paper"])
