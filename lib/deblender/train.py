@@ -50,6 +50,11 @@ class Recipe:
     realistic: bool = False
     paper: bool = False
 
+    @property
+    def catalogue(self) -> str:
+        """That of its galaxies; noise in realistic targets teaches ill (chapter 6)."""
+        return "synthetic-noiseless" if self.realistic else "synthetic"
+
 
 RECIPES = {
     "lsst": Recipe("lsst", components="peak"),  # the decentred ones share them
@@ -178,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         start = load(out / first if ours else first) if first else None
         survey_of = None if recipe.paper else survey(recipe.survey)
         check_start(start, "paper" if recipe.paper else "linear", survey_of)
-        galaxies = catalogue(args.catalogue, real=recipe.realistic)
+        galaxies = catalogue(args.catalogue or recipe.catalogue, real=recipe.realistic)
     except ValueError as error:
         parser.error(str(error))
     checkpoints = out / f"{args.name}.checkpoints"
@@ -234,7 +239,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, metavar="N", help="passes over them, in each stage")
     add("--calibration", type=int, metavar="N", help="and against bias [epochs / 12]")
     add("--batch-size", type=int, metavar="N", help="images a step [64; of -paper 16]")
-    add("--catalogue", default="synthetic", help="or a folder of COSMOS [%(default)s]")
+    add(
+        "--catalogue",
+        help="or a folder of COSMOS [synthetic, for -realistic ones without noise]",
+    )
     add("--start", metavar="NAME", help="network to begin with, not that of the recipe")
     add("--precision", default="float32", choices=PRECISIONS, help="[%(default)s]")
     add("--seed", type=int, default=1, help="of scenes, weights, draws [%(default)s]")
