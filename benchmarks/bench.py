@@ -199,6 +199,7 @@ def scaling() -> dict:
     noisy = deblender.simulate(galaxies, of, n_stamps, 4, seed=4000).noisy
     found = []
     for k in [2**i for i in range(os.cpu_count().bit_length())]:
+        deblender.simulate(galaxies, of, 200, seed=4000 + k, processes=k)  # warms up
         cores = rate(
             n,
             lambda k=k: deblender.simulate(galaxies, of, n, seed=4100 + k, processes=k),
