@@ -66,7 +66,7 @@ class Recorder(keras.callbacks.Callback):
         self.every = max(len(batches) * epochs // 40, 1)
         self.history, self.steps = History(), 0
         # Batches and sum of their losses up to the last point of the curve, counted
-        # from the begin of the epoch: negative where the point is of an earlier one.
+        # from the start of the epoch: negative where the point is of an earlier one.
         self.last_point = (0, 0.0)
 
     def on_train_begin(self, logs: dict | None = None) -> None:

@@ -162,7 +162,7 @@ def _commit() -> str:
         answer = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
-    top, commit = answer.stdout.split()
+    top, commit = answer.stdout.splitlines()
     # Installed, the library may lie in an environment inside another repository.
     return commit if Path(top) == checkout else ""
 

@@ -283,7 +283,7 @@ def lineage(card: dict) -> list[dict]:
 def save(
     network: Network, folder: str | os.PathLike, share: dict[str, str] | None = None
 ) -> None:
-    """Write a network's parts and its card into `folder`, all of them or none.
+    """Write a network's parts and its card into `folder`, once all are on the disk.
 
     `share` maps a part to a file elsewhere, relative to `folder` (`{"decoder":
     "../lsst/decoder.safetensors"}`), for a part that another network holds already.
