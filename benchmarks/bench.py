@@ -453,21 +453,16 @@ SECTIONS = (
 
 def setting() -> dict[str, str | int]:
     """When and on what a section is measured, and with which versions."""
-    from deblender.on_device import processor
+    from deblender.train import provenance
 
-    info = Path("/proc/cpuinfo")
+    made, info = provenance([]), Path("/proc/cpuinfo")
     flags = info.read_text() if info.is_file() else ""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-    )
     packages = ("blending_toolkit", "galsim", "keras", "scarlet2", "sep")
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "cores": os.cpu_count(),
-        "processor": processor(),
+        "commit": made["commit"][:7],
+        "cores": made["hardware"]["cores"],
+        "processor": made["hardware"]["processor"],
         "matrix units": "AMX" if "amx_bf16" in flags else "none known",
         "python": platform.python_version(),
     } | {package: version(package) for package in packages}

@@ -119,20 +119,12 @@ def test_transfer_from_the_book_keeps_its_own_copy_of_the_prior(tmp_path):
 
 
 def test_killed_between_its_stages_the_program_ends_with_the_same_bits(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "deblender.train",
-        "lsst",
-        *TINY,
-        "--n-train",
-        "64",
-    ]
-    command += ["--epochs", "2", "--calibration", "2", "--out"]
+    more = ["--n-train", "64", "--epochs", "2", "--calibration", "2", "--out"]
+    command = [sys.executable, "-m", "deblender.train", "lsst", *TINY, *more]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, str(whole)], check=True, stderr=subprocess.DEVNULL)
-    log = killed / "lsst.checkpoints" / "calibration" / "history.json"
     quiet = {"stderr": subprocess.DEVNULL}
+    subprocess.run([*command, str(whole)], check=True, **quiet)
+    log = killed / "lsst.checkpoints" / "calibration" / "history.json"
     with subprocess.Popen([*command, str(killed)], **quiet) as process:
         while not log.exists() and process.poll() is None:
             time.sleep(0.01)

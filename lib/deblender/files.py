@@ -39,12 +39,4 @@ def write_together(folder: Path, contents: dict[str, bytes]) -> None:
 
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    scratch = tempfile.NamedTemporaryFile(dir=file.parent, delete=False)
-    try:
-        with scratch:
-            scratch.write(content)
-        os.chmod(scratch.name, 0o644)
-        os.replace(scratch.name, file)
-    except BaseException:  # a full disk, or Ctrl-C
-        os.unlink(scratch.name)
-        raise
+    write_together(file.parent, {file.name: content})

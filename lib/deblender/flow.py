@@ -87,7 +87,8 @@ class Flow(keras.Model):
 
     def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """Draw latent vectors (n, latent), no number of them beyond all known ones."""
-        x = rng.standard_normal((n, len(self.centre)), dtype=np.float32)
+        normal = rng.standard_normal((n, len(self.centre)), dtype=np.float32)
+        x = ops.convert_to_tensor(normal)  # PyTorch multiplies no arrays by tensors
         for coupling in reversed(self.couplings):
             x = coupling.inverse(x)
         # Where no galaxy taught it, the flow may run away.

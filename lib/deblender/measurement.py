@@ -213,8 +213,9 @@ def half_width(values: np.ndarray) -> float:
 
     Section 4.1; NaN are left out, and one value alone has no width but NaN.
     """
+    values = _measured(values)
     low, _, high = percentiles(values)
-    return np.nan if len(_measured(values)) < 2 else float(high - low) / 2
+    return float(high - low) / 2 if len(values) > 1 else np.nan
 
 
 def _bootstrap(
