@@ -6,12 +6,17 @@ import numpy as np
 from astropy.table import Table
 
 from .evaluation import ellipticity_pairs
-from .measurement import SNR_RANGE, in_snr_range, percentiles, regression
+from .measurement import (
+    SNR_RANGE,
+    bootstrap,
+    in_snr_range,
+    percentiles,
+    regression,
+)
 
 SNR_BINS = 10
 FEWEST = 10  # galaxies of a bin that counts
 HARD_BLENDS = (0.75, 0.85)  # B_closest around 80 %
-N_BOOTSTRAP = 200
 DRAWS = 20  # errors drawn for each galaxy
 
 
@@ -44,10 +49,9 @@ def intervals(table: Table, rng: np.random.Generator) -> dict[str, Interval]:
     """The numbers of `statistics`, each with its bootstrap interval."""
     columns = _columns(table)
     value, n = _statistics(columns), len(columns["snr"])
-    draws = []
-    for _ in range(N_BOOTSTRAP):
-        rows = rng.integers(n, size=n)
-        draws.append(_statistics({k: v[rows] for k, v in columns.items()}))
+    draws = bootstrap(
+        lambda rows: _statistics({k: v[rows] for k, v in columns.items()}), n, rng
+    )
     ends = {k: _percentiles(np.array([d[k] for d in draws])) for k in value}
     return {k: Interval(value[k], float(ends[k][0]), float(ends[k][2])) for k in value}
 
@@ -107,8 +111,7 @@ def relative_shear_biases(
         out, of_target, added = rows.mean(axis=0).T  # (component,) each
         return np.array([(out / of_target).mean() - 1, added.mean()])
 
-    n = len(rows)
-    draws = [biases(rows[rng.integers(n, size=n)]) for _ in range(N_BOOTSTRAP)]
+    draws = bootstrap(lambda drawn: biases(rows[drawn]), len(rows), rng)
     low, high = np.percentile(draws, [16, 84], axis=0)
     m, c = (Interval(*map(float, i)) for i in zip(biases(rows), low, high, strict=True))
     return m, c

@@ -11,7 +11,7 @@ import numpy as np
 from keras import layers, ops
 
 from .batches import dihedral
-from .networks import CONVOLUTION, DENSE, activate
+from .networks import CONVOLUTION, DENSE, EXACT, activate
 from .normalisation import NoiseUnits
 from .simulation import Scenes
 from .surveys import STAMP_SIZE, Survey
@@ -27,8 +27,6 @@ SHARES = 4  # of targets from faint to bright, each with its own correlation of 
 FARTHEST = 5.0  # widths; errors beyond say nothing of how the usual ones go together
 FAINTEST = 5.0  # the amplitude of a stamp without a galaxy, in units of its noise
 NARROWEST, WIDEST = -9.0, 4.0  # logarithm of a relative width
-# Single numbers that carry a galaxy's whole brightness do not survive half precision.
-EXACT = {"dtype": "float32"}
 FLAT = EXACT | {"kernel_initializer": "zeros"}
 
 

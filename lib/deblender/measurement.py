@@ -175,11 +175,11 @@ def b_total(centred: np.ndarray, total: np.ndarray) -> np.ndarray:
     return 1 - inner_product(centred, centred) / inner_product(centred, total)
 
 
-def errors(measured: Table, target: Table, band: str = "r") -> Table:
+def errors(measured: Table, target: Table) -> Table:
     """Errors, output minus target, of two tables of `measure` on the same scenes.
 
-    Columns `de1`, `de2`, `de` (of the modulus), `d<band>` (AB magnitude; negative:
-    too bright), NaN where either side failed, and `ok`, true where none of them is NaN.
+    Columns `de1`, `de2`, `de` (of the modulus), `dr` (AB magnitude; negative: too
+    bright), NaN where either side failed, and `ok`, true where none of them is NaN.
     Raises ValueError if the tables have different lengths. Arcelin et al. 2021, 4.1.
     """
     if len(measured) != len(target):
@@ -187,7 +187,7 @@ def errors(measured: Table, target: Table, band: str = "r") -> Table:
             f"{len(measured)} measured and {len(target)} target rows; accepted: as "
             "many of each, of the same scenes"
         )
-    columns = {"de1": "e1", "de2": "e2", "de": "e", f"d{band}": f"mag_{band}"}
+    columns = {"de1": "e1", "de2": "e2", "de": "e", "dr": "mag_r"}
     table = Table({new: measured[old] - target[old] for new, old in columns.items()})
     table["ok"] = np.isfinite([table[name] for name in columns]).all(axis=0)
     return table
@@ -227,9 +227,14 @@ def _bootstrap(
     if n < fewest:
         return np.nan, np.nan, n, failed
     rng = np.random.default_rng(0) if rng is None else rng
-    draws = [statistic(good[rng.integers(n, size=n)]) for _ in range(N_BOOTSTRAP)]
+    draws = bootstrap(lambda rows: statistic(good[rows]), n, rng)
     error = np.std(draws, axis=0, ddof=1) if n > 1 else np.nan
     return statistic(good), error, n, failed
+
+
+def bootstrap(statistic: Callable, n: int, rng: Generator) -> list:
+    """Values of a statistic of row numbers, drawn from `n` rows with replacement."""
+    return [statistic(rng.integers(n, size=n)) for _ in range(N_BOOTSTRAP)]
 
 
 def _bins(x: np.ndarray, edges: np.ndarray) -> tuple[Table, list[np.ndarray]]:

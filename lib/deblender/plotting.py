@@ -118,19 +118,15 @@ def rgb(
     images: np.ndarray,
     bands: tuple[int, int, int] = (3, 2, 1),
     scale: np.ndarray | None = None,
-    normalised: bool = False,
 ) -> np.ndarray:
     """Colour composite of stamps, stretched by arcsinh.
 
     `images` (..., y, x, band) in electrons; `bands` become red, green and blue (by
     default LSST's i, r and g). `scale` (band,) in electrons is the brightness that is
     white when tripled: the constants of a normalisation, or each band's maximum.
-    `normalised` images (eq. 4) are stretched already. Returns (..., y, x, 3) in [0, 1].
-    After Lupton et al. 2004.
+    Returns (..., y, x, 3) in [0, 1]. After Lupton et al. 2004.
     """
     images, bands = np.asarray(images, dtype=float), list(bands)
-    if normalised:
-        return np.clip(images[..., bands], 0, 1)
     if scale is None:
         scale = images.max(axis=tuple(range(images.ndim - 1)))
     scale = np.maximum(np.asarray(scale, dtype=float)[bands], 1e-9)
