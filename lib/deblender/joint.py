@@ -6,7 +6,7 @@ all galaxies together. That is a system of linear equations, and what the encode
 of the target is the prior of its latent vector.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from keras import ops
@@ -18,64 +18,76 @@ from .peers import CENTRE, positions
 from .simulation import Scenes
 from .weights import Network
 
-SIDES = 8  # from which galaxies are looked at for their moments
-BRIGHTNESS = 30.0  # of a neighbour before the first round, in units of noise
-SMALLEST = 1e-6  # of a variance, which is added so that it can be inverted
+ORIENTATIONS = 8  # in which galaxies are looked at for their moments
+ROUNDS = 3  # of the equations, each with what the last says of brightness and light
+BRIGHTNESS = 30.0  # of a neighbour in the first round
+SMALLEST = 1e-6  # of a second moment, which is added so that they can be inverted
 
 
-def moments(network: Network, scenes: Scenes) -> np.ndarray:
-    """Second moments of latent vectors over brightness (latent, latent).
+def second_moments(network: Network, scenes: Scenes) -> np.ndarray:
+    """Mean products of latent numbers over squared brightness (latent, latent).
 
-    Of the noiseless targets of `scenes`, isolated training galaxies; `network` is a
-    linear one. Brightness is that of `linear.amplitudes`.
+    Of the noiseless targets of `scenes`, which should be isolated training galaxies.
+    Brightness is the signal-to-noise ratio of `linear.amplitudes`.
+
+    Raises ValueError for a network that is not linear.
     """
+    _check(network)
     code = linear.Code(network.decoder, network.normalisation)
     aperture = linear.aperture(network.survey)
     total = np.zeros((linear.N_COMPONENTS, linear.N_COMPONENTS))
     for part in scenes.batches():
-        for side in range(SIDES):
+        for side in range(ORIENTATIONS):
             stamps = dihedral(part.target, np.full(len(part), side))
             units = network.normalisation.forward(stamps)
             bright = ops.convert_to_numpy(linear.amplitudes(units, aperture))
             vectors = (code(stamps) / bright).astype(float)  # (scene, latent)
             total += vectors.T @ vectors
-    return total / (SIDES * len(scenes))
+    return total / (ORIENTATIONS * len(scenes))
 
 
-def refine(
-    network: Network, scenes: Scenes, kin: np.ndarray, rounds: int = 3
-) -> np.ndarray:
-    """Deblend, then fit target and neighbours together, their true places given.
+def refine(network: Network, scenes: Scenes, moments: np.ndarray) -> np.ndarray:
+    """Deblend, then fit target and neighbours together, the latter's true places given.
 
-    The target's latent vector has the posterior of the network for prior, that of a
-    neighbour a normal one of mean zero and of `kin` (see `moments`) times the square of
-    its brightness, which `rounds` of expectation maximisation find. Pixels vary by the
-    sky and by the light that the fit sees in them. The network has seen these pixels,
-    so that they count twice where it made the best of them: this is an estimate,
-    without an error. Returns (scene, y, x, band), electrons.
+    The target's latent vector has what the network says for prior, that of a neighbour
+    a normal one of mean zero and of its squared brightness times `moments` (see
+    `second_moments`). Pixels vary by the sky and by the light that the fit sees in
+    them. The network has seen these pixels, so that they count twice where it made the
+    best of them: this is an estimate, without an error. Chapter 7, eq. (eq-joint).
+    Returns (scene, y, x, band), electrons.
 
     Raises ValueError for scenes of several cameras, or a network that is not linear.
     """
+    _check(network)
     survey = scenes.survey
-    if len(survey.instruments) > 1 or network.architecture != "linear":
+    if len(survey.instruments) > 1:
         raise ValueError(
-            f"received scenes of {survey.name!r} and a {network.architecture} network; "
-            "accepted: scenes of one camera and a linear network"
+            f"received scenes of survey {survey.name!r}; accepted: of one camera"
         )
-    draw, sigma = shifted_components(network), np.sqrt(survey.sky)
-    noise = np.broadcast_to(sigma, survey.shape).ravel()
-    means, covariances = _posteriors(network, scenes)
-    inverse = np.linalg.inv(kin + SMALLEST * np.diag(np.diag(kin)))
-    fitted = np.empty(means.shape, dtype=np.float32)
-    places = tqdm(positions(scenes), "refining", len(scenes), unit="scene")
-    for i, known in enumerate(places):
-        # A target off the centre is so in its components, too.
-        shifts = [np.zeros(2), *(known[1:] - CENTRE)]
-        design = np.concatenate([draw(*shift) for shift in shifts])
-        prior = means[i], np.linalg.inv(covariances[i])
-        data = scenes.noisy[i].ravel() / noise
-        fitted[i] = fit_latent(design, data, noise, prior, inverse, rounds)
-    return network.decode(fitted)
+    draw, noise = shifted_components(network), np.sqrt(survey.sky)
+    target = draw(0.0, 0.0)
+    gauge = target @ linear.aperture(survey).ravel()  # (latent,)
+    noise = np.broadcast_to(noise, survey.shape).ravel()
+    neighbour = np.linalg.inv(moments + SMALLEST * np.diag(np.diag(moments)))
+    latent = []
+    said = _said(network, scenes)
+    known = zip(scenes.batches(1), positions(scenes), said, strict=True)
+    for scene, places, (mean, covariance) in tqdm(known, "refining", len(scenes)):
+        moved = [draw(*shift) for shift in places[1:] - CENTRE]
+        data = scene.noisy.ravel() / noise
+        precisions = np.linalg.inv(covariance), neighbour
+        design = np.concatenate([target, *moved])
+        fitted = fit_latent(design, data, noise, mean, precisions, gauge)
+        latent.append(fitted[0])
+    return network.decode(np.array(latent, dtype=np.float32))
+
+
+def _check(network: Network) -> None:
+    if network.architecture != "linear" or network.correlation is None:
+        raise ValueError(
+            f"received a {network.architecture} network; accepted: a linear one, with "
+            "the correlation of its errors"
+        )
 
 
 def shifted_components(network: Network) -> Callable[[float, float], np.ndarray]:
@@ -86,15 +98,15 @@ def shifted_components(network: Network) -> Callable[[float, float], np.ndarray]
     """
     images, sizes = network.decoder.get_weights()
     images = (images * sizes[:, None]).reshape(-1, *network.survey.shape)
-    spectra = np.fft.rfft2(images, axes=(1, 2))
+    spectra = np.fft.rfft2(images, axes=(1, 2)).astype(np.complex64)
     side = images.shape[1]
     ky, kx = np.fft.fftfreq(side)[:, None, None], np.fft.rfftfreq(side)[:, None]
 
     def draw(dy: float, dx: float) -> np.ndarray:
         whole = np.round([dy, dx]).astype(int)
         y, x = np.subtract([dy, dx], whole)
-        turned = spectra * np.exp(-2j * np.pi * (ky * y + kx * x))
-        fine = np.fft.irfft2(turned, axes=(1, 2), s=(side, side))
+        phases = np.exp(-2j * np.pi * (ky * y + kx * x)).astype(np.complex64)
+        fine = np.fft.irfft2(spectra * phases, axes=(1, 2), s=(side, side))
         moved = np.zeros_like(images)
         (to_y, from_y), (to_x, from_x) = (_overlap(n, side) for n in whole)
         moved[:, to_y, to_x] = fine[:, from_y, from_x]
@@ -110,49 +122,52 @@ def _overlap(shift: int, side: int) -> tuple[slice, slice]:
     return slice(to, to + n), slice(origin, origin + n)
 
 
-def _posteriors(network: Network, scenes: Scenes) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (scene, latent) and covariance (scene, latent, latent) of the targets."""
-    said = network.deblend(scenes.noisy)
-    n = said.latent_mean.shape[1]
-    flux = linear.brightness(said.image, network.survey)
-    each = np.repeat(np.eye(n, dtype=np.float32)[:, None], len(scenes), axis=1)
-    spread = network.correlation.tie(each, flux) * said.latent_width
-    spread = np.moveaxis(spread, 0, 2).astype(float)  # (scene, latent, draw)
-    covariances = spread @ spread.transpose(0, 2, 1) + SMALLEST * np.eye(n)
-    return said.latent_mean.astype(float), covariances
+def _said(network: Network, scenes: Scenes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What a network says of each target, mean (latent,) and covariance of its errors.
+
+    The mean is that of all sides from which the network looks, the covariance that of
+    one.
+    """
+    code = linear.Code(network.decoder, network.normalisation)
+    for part in scenes.batches():
+        said = network.deblend(part.noisy)
+        flux = linear.brightness(said.image, network.survey)
+        each = np.eye(said.latent_mean.shape[1], dtype=np.float32)[:, None]
+        spread = network.correlation.tie(each.repeat(len(part), axis=1), flux)
+        spread = np.moveaxis(spread * said.latent_width, 0, 2)  # (scene, latent, draw)
+        for mean, factor in zip(code(said.image), spread.astype(float), strict=True):
+            yield mean.astype(float), factor @ factor.T
 
 
 def fit_latent(
     design: np.ndarray,
     data: np.ndarray,
     noise: np.ndarray,
-    prior: tuple[np.ndarray, np.ndarray],
-    inverse: np.ndarray,
-    rounds: int,
+    mean: np.ndarray,
+    precisions: tuple[np.ndarray, np.ndarray],
+    gauge: np.ndarray,
 ) -> np.ndarray:
-    """Latent vector of the target that fits the pixels of its scene best (latent,).
+    """Latent vectors that fit the pixels of a scene best (galaxy, latent).
 
     `design` (galaxy * latent, pixel), target first, and `data` (pixel,) are in units of
-    `noise` (pixel,), that of the sky in electrons. `prior`: mean and inverse covariance
-    of the target; `inverse`: of the second moments of neighbours of unit brightness.
+    `noise` (pixel,), that of the sky in electrons. The target's prior has this `mean`;
+    `precisions` are inverse covariances, of the target and of a neighbour of unit
+    brightness, which for latent vector z is z times `gauge`, as in `linear.amplitudes`.
     """
-    mean, precision = prior
-    n = len(mean)
-    neighbours = [slice(k, k + n) for k in range(n, len(design), n)]
-    bright = np.full(len(neighbours), BRIGHTNESS)
-    light = mean @ design[:n]
-    for _ in range(rounds):
+    n, (precision, neighbour) = len(mean), precisions
+    bright = np.full(len(design) // n - 1, BRIGHTNESS)
+    light = mean.astype(design.dtype) @ design[:n]
+    for _ in range(ROUNDS):
         weighted = design / (1 + np.maximum(light, 0) / noise).astype(design.dtype)
         matrix = (weighted @ design.T).astype(float)
         right = (weighted @ data).astype(float)
         matrix[:n, :n] += precision
         right[:n] += precision @ mean
-        for own, size in zip(neighbours, bright, strict=True):
-            matrix[own, own] += inverse / size**2
-        covariance = np.linalg.inv(matrix)
-        latent = covariance @ right
-        for k, own in enumerate(neighbours):
-            second = np.outer(latent[own], latent[own]) + covariance[own, own]
-            bright[k] = np.sqrt((inverse * second).sum() / n)
-        light = latent @ design
-    return latent[:n]
+        for k, size in enumerate(bright, start=1):
+            own = slice(k * n, (k + 1) * n)
+            matrix[own, own] += neighbour / size**2
+        latent = np.linalg.solve(matrix, right)
+        light = latent.astype(design.dtype) @ design
+        latent = latent.reshape(-1, n)
+        bright = np.hypot(np.maximum(latent[1:] @ gauge, 0), linear.FAINTEST)
+    return latent
