@@ -49,7 +49,7 @@ $(BENCH)/ready: benchmarks/requirements.lock pyproject.toml
 bench: $(BENCH)/ready  ## measure speed and memory beside the peers, in an environment of their own
 	$(BENCH)/bin/python benchmarks/bench.py $(SECTIONS)
 
-bench-test: $(BENCH)/ready  ## try the deblender inside BlendingToolKit, in the same environment
+bench-test: $(BENCH)/ready  ## try the deblender inside BlendingToolKit, and scarlet2, in the same environment
 	$(BENCH)/bin/python -m pytest benchmarks
 
 clean:  ## remove what was built, but not .venv

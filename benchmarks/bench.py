@@ -312,12 +312,13 @@ def deblending() -> dict:
     """Stamps a second from electrons to shapes and magnitudes, LSST.
 
     `network` is the bare `predict` of encoder and decoder, `deblend` that of the
-    library, `book` the same with measurements, as peers have them. What scarlet2
+    library, `book` the same with measurements, as peers have them. `scarlet2` fits
+    Sersic profiles until they settle, and `scarlet2_*` the other morphologies; what it
     compiles anew for scenes counts.
     """
     of, galaxies = deblender.survey("lsst"), deblender.catalogue("synthetic")
     scenes = deblender.simulate(galaxies, of, 960, 4, seed=6)
-    few, fewer = scenes.take(np.arange(200)), scenes.take(np.arange(24))
+    few, fewer = scenes.take(np.arange(200)), scenes.take(np.arange(12))
     net = deblender.load("lsst")
     noisy = scenes.noisy
     units = net.normalisation.forward(noisy)
@@ -328,6 +329,9 @@ def deblending() -> dict:
 
     def whole() -> None:
         deblender.measure(net.deblend(noisy).image, of)
+
+    def fitted(morphology: str) -> float:
+        return peer(peers.scarlet2(fewer, morphology, **peers.FITS[morphology]))
 
     def peer(answer: peers.Answer) -> float:
         images = np.nan_to_num(answer.images)
@@ -343,7 +347,9 @@ def deblending() -> dict:
         deblend=lambda i: rate(len(scenes), lambda: net.deblend(noisy)),
         book=lambda i: rate(len(scenes), whole),
         sep=lambda i: peer(peers.sep(few)),
-        scarlet2=lambda i: peer(peers.scarlet2(fewer, **peers.FITS["pixels"])),
+        scarlet2=lambda i: fitted("sersic"),
+        scarlet2_prior=lambda i: fitted("prior"),
+        scarlet2_pixels=lambda i: fitted("pixels"),
     )
     of_network = rates["deblend"] / rates["network"]
     over = {f"over_{name}": rates["book"] / rates[name] for name in ("scarlet2", "sep")}

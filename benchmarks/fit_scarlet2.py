@@ -1,12 +1,12 @@
 """Fit the blends of chapter 7 with scarlet2: `python benchmarks/fit_scarlet2.py`.
 
-Writes scarlet2-sersic.ecsv and scarlet2-pixels.ecsv into data/results, which the
-chapter reads where scarlet2 is not installed. Goes on where it was stopped.
+Writes a table for each way to describe a galaxy, such as scarlet2-sersic.ecsv, into
+data/results, where the chapter reads them if scarlet2 is not installed. Goes on where
+it was stopped, and starts anew when the settings have changed.
 """
 
 import argparse
 import io
-import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from astropy.table import Table, vstack
 import deblender
 from deblender import peers
 from deblender.files import write_whole
+from deblender.on_device import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("r_mag", "snr", "b_total", "dr", "dgr", "de", "e1_in", "e2_in", "e1_out")
@@ -23,22 +24,37 @@ COLUMNS += ("e2_out", "ssim", "cosine", "seconds")
 PIECE = 25  # scenes between two files
 
 
+def about(morphology: str, n: int) -> dict[str, str]:
+    """How the fits of a morphology are made, and of which scenes."""
+    settings = peers.FITS[morphology] | {"stride": peers.STRIDE}
+    packages = ["scarlet2"]
+    if morphology == "prior":
+        settings["temperature"] = peers.TEMPERATURE
+        packages.append("galaxygrad")
+    made = ", ".join(f"{name} {version(name)}" for name in packages)
+    return {
+        "made": f"by {made} on {processor()}",
+        "scenes": f"synthetic galaxies, LSST, exact centring, seed 1, of {n}",
+        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
+    }
+
+
 def fit(n: int, morphology: str, file: Path) -> None:
     """Fit the first `n` test blends, and keep what is done after every few."""
-    settings = peers.FITS[morphology]
     galaxies, survey = deblender.catalogue("synthetic"), deblender.survey("lsst")
     scenes = deblender.simulate(galaxies, survey, n, seed=1)
+    meta = about(morphology, n)
     done = Table.read(file) if file.is_file() else Table()
+    if done.meta.get("settings") != meta["settings"]:
+        done = Table()
     for start in range(len(done), n, PIECE):
         some = scenes.take(np.arange(start, min(start + PIECE, n)))
-        table = peers.score(peers.scarlet2(some, **settings), some)[list(COLUMNS)]
+        answer = peers.scarlet2(some, morphology, **peers.FITS[morphology])
+        table = peers.score(answer, some)[list(COLUMNS)]
         for name in COLUMNS:
             table[name] = np.round(np.asarray(table[name], dtype=float), 5)
         done = vstack([done, table], metadata_conflicts="silent")
-        done.meta = {
-            "made": f"by scarlet2 {version('scarlet2')} on {os.cpu_count()} cores",
-            "scenes": f"synthetic galaxies, LSST, exact centring, seed 1, of {n}",
-        }
+        done.meta = meta
         content = io.StringIO()
         done.write(content, format="ascii.ecsv")
         write_whole(file, content.getvalue().encode())
@@ -47,7 +63,7 @@ def fit(n: int, morphology: str, file: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=500, help="blends [%(default)s]")
-    parser.add_argument("morphology", nargs="*", help="sersic, pixels, or both")
+    parser.add_argument("morphology", nargs="*", help="sersic, pixels, prior [all]")
     args = parser.parse_args()
     for name in args.morphology or peers.FITS:
         fit(args.n, name, ROOT / "data" / "results" / f"scarlet2-{name}.ecsv")

@@ -8,7 +8,7 @@ scarlet2 are imported when they are called, and need not be there before.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from astropy.table import Table
@@ -23,11 +23,15 @@ from .surveys import STAMP_SIZE
 
 OUTLIER = 0.5  # magnitudes off in r, beyond which a galaxy counts as lost
 CENTRE = (STAMP_SIZE - 1) / 2  # pixels
-# The best settings of `scarlet2` that were found on validation blends.
+# What `scarlet2` takes for each morphology, as a search on validation blends advises.
 FITS = {
-    "sersic": {"sersic": True, "size": 41, "tolerance": 1e-3},
-    "pixels": {"sersic": False, "size": 21, "tolerance": 1e-4},
+    "sersic": {"size": 61, "steps": 2000, "settle": True},
+    "prior": {"size": 31, "steps": 1000, "settle": True},
+    "pixels": {"size": 21, "steps": 300, "settle": False},
 }
+STRIDE = 0.05  # the first step of a parameter of a fit
+TEMPERATURE = 0.1  # of the neural prior
+BOXES = (15, 21, 31, 41, 61)  # pixels, that images may take
 # Each scene compiles functions of its own; after some hundreds the process would die.
 COMPILED = 25
 SMALLEST_APERTURE = 1.75  # pixels, of SExtractor's
@@ -159,26 +163,26 @@ def _kron(
 
 
 def scarlet2(
-    scenes: Scenes,
-    sersic: bool,
-    size: int,
-    tolerance: float,
-    steps: int = 300,
-    stride: float = 0.05,
+    scenes: Scenes, morphology: str, size: int, steps: int, settle: bool
 ) -> Answer:
     """Fit all galaxies of a scene with scarlet2, their true places given.
 
-    Each is a spectrum times a morphology: Sersic's profile, or, without `sersic`, an
-    image of free positive pixels that starts from its moments. `size` is that of its
-    box in pixels, `stride` the step of a shape parameter; the fit ends when no
-    parameter changes by more than `tolerance`, or after so many `steps`. Variances are
-    those of the sky and of the light in the noisy pixels. FITS has the best settings.
-    Melchior et al. 2018 and scarlet2's own guide.
+    Each is a spectrum times a `morphology`: Sersic's profile ("sersic"), or an image
+    that starts from its moments, of free pixels between 0 and 1 ("pixels") or held
+    together by a neural prior, that of galaxies of HSC ("prior"). `size` is that of the
+    box of a profile in pixels, for an image the largest. The fit makes so many `steps`
+    with Adam, as scarlet2's guides advise, or, to `settle`, such as shrink to nothing.
+    Variances are those of the sky and of the light in the noisy pixels. FITS has the
+    best settings. Melchior et al. 2018 and Sampson et al. 2024.
+
+    Raises ValueError for an unknown morphology.
     """
     import jax
 
-    options = {"size": size, "stride": stride, "fit": (steps, tolerance)}
-    deblend = partial(_scarlet2_scene, sersic=sersic, **options)
+    if morphology not in FITS:
+        raise ValueError(f"morphology {morphology!r}; accepted: {', '.join(FITS)}")
+    options = {"size": size, "steps": steps, "settle": settle}
+    deblend = partial(_scarlet2_scene, morphology=morphology, **options)
     found = []
     for some in scenes.batches(COMPILED):
         found.append(_answer(some, deblend, "scarlet2"))
@@ -188,9 +192,10 @@ def scarlet2(
 
 
 def _scarlet2_scene(
-    scene: Scenes, sersic: bool, size: int, stride: float, fit: tuple[int, float]
+    scene: Scenes, morphology: str, size: int, steps: int, settle: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     import jax.numpy as jnp
+    import optax
     import scarlet2 as sc2
 
     sc2.set_validation(False)
@@ -206,19 +211,22 @@ def _scarlet2_scene(
     )
     frame = sc2.Frame.from_observations(seen)
     seen.match(frame)
-    add = _add_sersic if sersic else _add_pixels
+    add = _add_sersic if morphology == "sersic" else _add_pixels
     (places,) = positions(scene)
     with sc2.Scene(frame) as model:
         for place in places:
             add(sc2, seen, jnp.array(place), size)
     with sc2.Parameters(model):
         for k, source in enumerate(model.sources):
-            for name, node, constraint, step in _free(sc2, source, sersic, stride):
-                sc2.Parameter(
-                    node, name=f"{name}:{k}", constraint=constraint, stepsize=step
-                )
-    steps, tolerance = fit
-    model = model.fit(seen, max_iter=steps, e_rel=tolerance, progress_bar=False)
+            for name, options in _free(source, morphology, settle):
+                sc2.Parameter(name=f"{name}:{k}", **options)
+    how = {"max_iter": steps, "progress_bar": False, "e_rel": 1e-4}
+    if settle:
+        # Steps of one size never do. The first gradients of bright galaxies are huge,
+        # and Adam with its usual memory of their squares would hardly move after them.
+        how |= {"schedule": optax.cosine_decay_schedule(1.0, steps), "b2": 0.9}
+        how["e_rel"] = 0.0  # all of the steps
+    model = model.fit(seen, **how)
     image = seen.render(model.evaluate_source(model.sources[0]))  # (band, y, x)
     image = np.moveaxis(np.asarray(image), 0, -1)
     return image, image.sum(axis=(0, 1), dtype=float)
@@ -238,7 +246,7 @@ def _add_pixels(sc2, seen, place, size: int) -> None:
     import jax.numpy as jnp
 
     try:
-        boxes = [n for n in (15, 21, 31, 41) if n <= size]
+        boxes = [n for n in BOXES if n <= size]
         spectrum, image = sc2.init.from_gaussian_moments(seen, place, box_sizes=boxes)
     except ValueError:  # a negative size: too faint for moments
         spectrum = sc2.init.pixel_spectrum(seen, place, correct_psf=True)
@@ -246,21 +254,40 @@ def _add_pixels(sc2, seen, place, size: int) -> None:
     sc2.Source(place, jnp.maximum(spectrum, 1e-3), jnp.clip(image, 1e-6, 1 - 1e-6))
 
 
-def _free(sc2, source, sersic: bool, stride: float) -> list[tuple]:
-    """Name, node, constraint and step of what the fit of a source changes."""
+def _free(source, morphology: str, settle: bool) -> Iterator[tuple[str, dict]]:
+    """Names and options of the parameters that the fit of a source changes."""
     from numpyro.distributions import constraints
+    from scarlet2 import relative_step
+    from scarlet2.constraint import unit_disk
 
-    brightness = partial(sc2.relative_step, factor=0.05)
-    free = [("spectrum", source.spectrum, constraints.positive, brightness)]
-    shape = source.morphology
-    if not sersic:
-        return [*free, ("image", shape, constraints.unit_interval, 0.1)]
-    return [
-        *free,
-        ("n", shape.n, constraints.interval(0.4, 5.0), stride),
-        ("size", shape.size, constraints.interval(0.2, 12.0), stride),
-        ("e", shape.ellipticity, constraints.interval(-0.65, 0.65), stride / 2),
-    ]
+    def free(node, constraint, step: float | Callable = STRIDE) -> dict:
+        return {"node": node, "constraint": constraint, "stepsize": step}
+
+    brightness = STRIDE if settle else partial(relative_step, factor=STRIDE)
+    yield "spectrum", free(source.spectrum, constraints.positive, brightness)
+    shape, between = source.morphology, constraints.interval
+    if morphology == "sersic":
+        yield "n", free(shape.n, between(0.4, 5.0))
+        yield "size", free(shape.size, between(0.2, 12.0))
+        yield "e", free(shape.ellipticity, unit_disk)
+    elif morphology == "prior":
+        prior = _galaxies_of_hsc(max(shape.shape))
+        yield "image", free(shape, None) | {"prior": prior}
+    else:
+        yield "image", free(shape, between(0.0, 1.0), 2 * STRIDE)
+
+
+@cache
+def _galaxies_of_hsc(size: int):
+    """The neural prior of galaxygrad for images of a side of so many pixels, up to 64.
+
+    Of its versions, 0.1.9 is the last that installs with its networks and can be read.
+    """
+    from galaxygrad import HSC_ScoreNet32, HSC_ScoreNet64
+    from scarlet2.nn import ScorePrior
+
+    network = HSC_ScoreNet32 if size <= 32 else HSC_ScoreNet64
+    return ScorePrior(network, network.shape, t=TEMPERATURE)
 
 
 def score(answer: Answer, scenes: Scenes) -> Table:
