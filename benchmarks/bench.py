@@ -318,7 +318,7 @@ def deblending() -> dict:
     """
     of, galaxies = deblender.survey("lsst"), deblender.catalogue("synthetic")
     scenes = deblender.simulate(galaxies, of, 960, 4, seed=6)
-    few, fewer = scenes.take(np.arange(200)), scenes.take(np.arange(12))
+    few, fewer = scenes.take(np.arange(200)), scenes.take(np.arange(8))
     net = deblender.load("lsst")
     noisy = scenes.noisy
     units = net.normalisation.forward(noisy)

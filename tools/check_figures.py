@@ -32,7 +32,13 @@ REQUIRED = {
     ),
     "05_decentring": ("fig-decentring", "fig-bias-snr"),  # Figs 7 and 8
     "06_transfer_learning": ("fig-transfer-bias", "fig-transfer-images"),  # 9 and B1
-    "07_peers_and_limits": ("fig-peers-images", "fig-peers", "fig-limit"),
+    "07_peers_and_limits": (
+        "fig-peers-images",
+        "fig-peers",
+        "fig-peers-bias",
+        "fig-peers-failures",
+        "fig-limit",
+    ),
     "08_side_by_side": ("fig-side-by-side", "fig-learning"),
     "09_speed_and_scale": ("fig-rates", "fig-scaling"),
 }

@@ -199,18 +199,7 @@ def _scarlet2_scene(
     import scarlet2 as sc2
 
     sc2.set_validation(False)
-    survey, data = scene.survey, np.moveaxis(scene.noisy[0], -1, 0)  # (band, y, x)
-    sky = survey.sky[:, None, None]
-    camera = survey.reference.instrument
-    psf = camera.psf.drawImage(nx=41, ny=41, scale=camera.pixel_scale).array
-    seen = sc2.Observation(
-        data,
-        weights=1 / (np.maximum(data, 0) + sky),
-        psf=np.repeat(psf[None], len(data), axis=0),
-        channels=list(survey.band_names),
-    )
-    frame = sc2.Frame.from_observations(seen)
-    seen.match(frame)
+    seen, frame = _observed(sc2, scene)
     add = _add_sersic if morphology == "sersic" else _add_pixels
     (places,) = positions(scene)
     with sc2.Scene(frame) as model:
@@ -230,6 +219,22 @@ def _scarlet2_scene(
     image = seen.render(model.evaluate_source(model.sources[0]))  # (band, y, x)
     image = np.moveaxis(np.asarray(image), 0, -1)
     return image, image.sum(axis=(0, 1), dtype=float)
+
+
+def _observed(sc2, scene: Scenes):
+    """The stamps of a scene as scarlet2 takes them, and the frame of its model."""
+    survey, data = scene.survey, np.moveaxis(scene.noisy[0], -1, 0)  # (band, y, x)
+    camera = survey.reference.instrument
+    psf = camera.psf.drawImage(nx=41, ny=41, scale=camera.pixel_scale).array
+    seen = sc2.Observation(
+        data,
+        weights=1 / (np.maximum(data, 0) + survey.sky[:, None, None]),
+        psf=np.repeat(psf[None], len(data), axis=0),
+        channels=list(survey.band_names),
+    )
+    frame = sc2.Frame.from_observations(seen)
+    seen.match(frame)
+    return seen, frame
 
 
 def _add_sersic(sc2, seen, place, size: int) -> None:
