@@ -38,7 +38,7 @@ COLOURS = {
     "lsst": "#0072B2",
 }
 SPARE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS, LINES = "osD^v<>", ("-", "--", "-.", ":")
+MARKERS, LINES = "osD^v<>P", ("-", "--", "-.", ":")
 GREY, SKY_BLUE, VERMILLION = "#7f7f7f", "#56B4E9", "#D55E00"
 KINDS = {  # what a layer is drawn as in `architecture`, and its colour
     "image": "#BBBBBB",
