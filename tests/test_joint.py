@@ -122,7 +122,7 @@ def test_covariances_are_those_of_draws(network, bright):
     few = bright.take(np.arange(2))
     said = network.deblend(few.noisy, n_samples=1000, seed=2)
     code = linear.Code(network.decoder, network.normalisation)
-    for i, (_, covariance) in enumerate(joint._said(network, few)):
+    for i, (*_, covariance) in enumerate(joint._said(network, few)):
         sigma = np.sqrt(np.diag(covariance))
         np.testing.assert_allclose(sigma, said.latent_width[i], rtol=1e-4)
         drawn = np.corrcoef(code(said.samples[:, i]).T)

@@ -9,7 +9,6 @@ of the target is the prior of its latent vector.
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from keras import ops
 from tqdm import tqdm
 
 from . import linear
@@ -34,14 +33,11 @@ def second_moments(network: Network, scenes: Scenes) -> np.ndarray:
     """
     _check(network)
     code = linear.Code(network.decoder, network.normalisation)
-    aperture = linear.aperture(network.survey)
     total = np.zeros((linear.N_COMPONENTS, linear.N_COMPONENTS))
     for part in scenes.batches():
         for side in range(ORIENTATIONS):
             stamps = dihedral(part.target, np.full(len(part), side))
-            units = network.normalisation.forward(stamps)
-            bright = ops.convert_to_numpy(linear.amplitudes(units, aperture))
-            vectors = (code(stamps) / bright).astype(float)  # (scene, latent)
+            vectors = code.relative(stamps, network.survey).astype(float)
             total += vectors.T @ vectors
     return total / (ORIENTATIONS * len(scenes))
 
@@ -64,17 +60,16 @@ def refine(network: Network, scenes: Scenes, moments: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"received scenes of survey {survey.name!r}; accepted: of one camera"
         )
-    draw, noise = shifted_components(network), np.sqrt(survey.sky)
+    draw = shifted_components(network)
     target = draw(0.0, 0.0)
     gauge = target @ linear.aperture(survey).ravel()  # (latent,)
-    noise = np.broadcast_to(noise, survey.shape).ravel()
+    noise = np.broadcast_to(np.sqrt(survey.sky), survey.shape).ravel()
     neighbour = np.linalg.inv(moments + SMALLEST * np.diag(np.diag(moments)))
     latent = []
-    said = _said(network, scenes)
-    known = zip(scenes.batches(1), positions(scenes), said, strict=True)
-    for scene, places, (mean, covariance) in tqdm(known, "refining", len(scenes)):
+    known = zip(positions(scenes), _said(network, scenes), strict=True)
+    for places, (stamp, mean, covariance) in tqdm(known, "refining", len(scenes)):
         moved = [draw(*shift) for shift in places[1:] - CENTRE]
-        data = scene.noisy.ravel() / noise
+        data = stamp.ravel() / noise
         precisions = np.linalg.inv(covariance), neighbour
         design = np.concatenate([target, *moved])
         fitted = fit_latent(design, data, noise, mean, precisions, gauge)
@@ -122,11 +117,11 @@ def _overlap(shift: int, side: int) -> tuple[slice, slice]:
     return slice(to, to + n), slice(origin, origin + n)
 
 
-def _said(network: Network, scenes: Scenes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What a network says of each target, mean (latent,) and covariance of its errors.
+def _said(network: Network, scenes: Scenes) -> Iterator[tuple[np.ndarray, ...]]:
+    """Noisy stamps, and what a network says of each: mean (latent,), covariance.
 
-    The mean is that of all sides from which the network looks, the covariance that of
-    one.
+    The mean is that of all sides from which the network looks, the covariance, of its
+    errors, that of one.
     """
     code = linear.Code(network.decoder, network.normalisation)
     for part in scenes.batches():
@@ -135,8 +130,10 @@ def _said(network: Network, scenes: Scenes) -> Iterator[tuple[np.ndarray, np.nda
         each = np.eye(said.latent_mean.shape[1], dtype=np.float32)[:, None]
         spread = network.correlation.tie(each.repeat(len(part), axis=1), flux)
         spread = np.moveaxis(spread * said.latent_width, 0, 2)  # (scene, latent, draw)
-        for mean, factor in zip(code(said.image), spread.astype(float), strict=True):
-            yield mean.astype(float), factor @ factor.T
+        means = code(said.image).astype(float)
+        parts = zip(part.noisy, means, spread.astype(float), strict=True)
+        for stamp, mean, factor in parts:
+            yield stamp, mean, factor @ factor.T
 
 
 def fit_latent(

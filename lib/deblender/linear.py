@@ -256,8 +256,13 @@ class Code:
         flat = self.units.forward(stamps).reshape(len(stamps), -1)
         return flat @ self.images.T / self.sizes
 
+    def relative(self, stamps: np.ndarray, survey: Survey) -> np.ndarray:
+        """Latent vectors over the brightness of their stamps, that of `amplitudes`."""
+        size = amplitudes(self.units.forward(stamps), aperture(survey))
+        return self(stamps) / ops.convert_to_numpy(size)
+
     def of_normalised(self, stamps):
-        """The same of a tensor that is in units of the noise already."""
+        """Latent vectors of a tensor that is in units of the noise already."""
         flat = ops.reshape(stamps, (-1, self.images.shape[1]))
         # PyTorch takes no arrays beside what lies on a GPU.
         images = ops.convert_to_tensor(self.images.T)
