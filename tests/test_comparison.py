@@ -74,16 +74,40 @@ def test_scatter_lengthens_round_galaxies_as_rayleigh_says(table):
     expected = SCATTER * np.sqrt(2 * np.log(2))  # median of a Rayleigh distribution
     assert lengthening(noisy, rng) == pytest.approx(expected, rel=0.03)
     # Errors that are given take the place of those of the outputs, also twice as wide.
-    twice = np.full(len(noisy), 2 * SCATTER)
+    twice = np.full((len(noisy), 2), 2 * SCATTER)
     assert lengthening(noisy, rng, twice) == pytest.approx(2 * expected, rel=0.03)
     twice[::2] = np.nan
     assert lengthening(noisy, rng, twice) == pytest.approx(2 * expected, rel=0.03)
 
 
+def test_only_scatter_across_lengthens_an_elongated_galaxy(table):
+    """By sigma^2 / 2 e where sigma is small, whichever way the galaxy points."""
+    rng, sigma = np.random.default_rng(6), 0.05
+    angle = rng.uniform(0, 2 * np.pi, len(table))
+    long = table.copy()
+    long["e1_in"], long["e2_in"] = 0.5 * np.cos(angle), 0.5 * np.sin(angle)
+    across = rng.normal(0, sigma, len(table)) * [-np.sin(angle), np.cos(angle)]
+    long["e1_out"], long["e2_out"] = long["e1_in"], long["e2_in"]
+    for component, error in zip(("e1_out", "e2_out"), across, strict=True):
+        long[component] += error
+    # Half a chi-squared variable of one degree of freedom, its median.
+    expected = 0.455 * sigma**2 / (2 * 0.5)
+    assert lengthening(long, rng) == pytest.approx(expected, rel=0.05)
+    for widths, lengthened in (([0.0, sigma], expected), ([sigma, 0.0], 0.0)):
+        given = np.tile(widths, (len(long), 1))
+        found = lengthening(long, rng, given)
+        assert found == pytest.approx(lengthened, rel=0.05, abs=expected / 3)
+
+
+def test_too_few_galaxies_have_no_lengthening(table):
+    assert np.isnan(lengthening(table[:5], np.random.default_rng(7)))
+
+
 def test_no_scatter_lengthens_nothing_whatever_the_mean_error(table):
     shifted = table.copy()
+    length = np.hypot(shifted["e1_in"], shifted["e2_in"])
     for component in ("e1", "e2"):
-        shifted[f"{component}_out"] = shifted[f"{component}_in"] + OFFSET
+        shifted[f"{component}_out"] = shifted[f"{component}_in"] * (1 - OFFSET / length)
     found = lengthening(shifted, np.random.default_rng(5))
     assert found == pytest.approx(0, abs=1e-12)
 

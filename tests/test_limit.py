@@ -1,5 +1,7 @@
 """The Cramer-Rao bound against closed forms and a fit."""
 
+from types import SimpleNamespace
+
 import galsim
 import numpy as np
 import pytest
@@ -59,14 +61,54 @@ def test_flux_alone_is_the_signal_to_noise_ratio(blends, synthetic):
     assert fisher[r, r] ** -0.5 == pytest.approx(1 / blends.truth["snr"][0], rel=0.01)
 
 
-def test_neighbours_only_take_information(bound, blends):
-    for name in ("sigma_r", "sigma_e"):
-        alone = bound[f"{name}_alone"]
-        assert (bound[name] >= alone * (1 - 1e-6)).all()
-        lonely = np.asarray(blends.counts == 1)
-        np.testing.assert_allclose(bound[name][lonely], alone[lonely])
-        assert (bound[name] > 1.05 * alone).any()
+def test_neighbours_only_take_information_and_places_give_some_back(bound, blends):
+    lonely = np.asarray(blends.counts == 1)
+    for name in ("sigma_r", "sigma_e", "sigma_across"):
+        kinds = ("", "_centred", "_placed", "_alone")
+        told = np.array([bound[name + kind] for kind in kinds])  # (kind, scene)
+        assert (told[:2] >= told[1:3] * (1 - 1e-6)).all()
+        assert (told[0] >= told[3] * (1 - 1e-6)).all()
+        np.testing.assert_allclose(told[0][lonely], told[3][lonely])
+        np.testing.assert_allclose(told[1][lonely], told[2][lonely])
+        for k in range(3):
+            assert (told[k] > 1.02 * told[k + 1]).any()
     assert (bound["sigma_r_alone"] >= 0.99 * MAGNITUDES / blends.truth["snr"]).all()
+
+
+def test_a_known_place_is_one_measured_with_no_error(blends, synthetic):
+    """Fisher matrices add up: a perfect measurement of x and y is a large term."""
+    i = int(np.argmax(blends.counts))
+    survey, n_bands = blends.survey, len(blends.survey.bands)
+    fisher = limit._information(limit._differentiate(blends, synthetic, i), survey)
+    width = n_bands + len(limit.STEPS)
+    for n_placed in (1, 2):
+        perfect = fisher.copy()
+        for galaxy in range(n_placed):
+            for k in (n_bands, n_bands + 1):
+                perfect[galaxy * width + k, galaxy * width + k] += 1e12
+        e = np.array([0.1, 0.2])
+        found = limit._errors(fisher, survey, e, n_placed)
+        np.testing.assert_allclose(found, limit._errors(perfect, survey, e), rtol=1e-4)
+        assert found[0] < limit._errors(fisher, survey, e)[0]
+
+
+@pytest.mark.parametrize(("e", "order"), [((0.6, 0), (3, 4)), ((0, -0.6), (4, 3))])
+def test_ellipticity_errs_along_itself_and_across(e, order):
+    survey = deblender.survey("lsst")
+    widths = np.ones(len(survey.bands) + len(limit.STEPS))
+    widths[len(survey.bands) :][limit.SHEAR] = 0.3, 0.4
+    expected = [0.64 * width / 10 for width in order]
+    found = limit._errors(np.diag(widths**-2), survey, np.array(e, dtype=float))
+    np.testing.assert_allclose(found[1:], expected)
+
+
+def test_other_galaxies_are_refused(blends, synthetic):
+    def fewer(survey: deblender.surveys.Survey) -> np.ndarray:
+        return synthetic.magnitudes(survey)[1:1000]
+
+    others = SimpleNamespace(name="others", magnitudes=fewer)
+    with pytest.raises(ValueError, match="accepted: the one they were drawn of"):
+        cramer_rao(blends, others)
 
 
 def test_a_fit_reaches_the_bound(blends, synthetic):

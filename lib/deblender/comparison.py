@@ -7,6 +7,7 @@ from astropy.table import Table
 
 from .evaluation import ellipticity_pairs
 from .measurement import (
+    MIN_SCENES,
     SNR_RANGE,
     bootstrap,
     in_snr_range,
@@ -15,7 +16,6 @@ from .measurement import (
 )
 
 SNR_BINS = 10
-FEWEST = 10  # galaxies of a bin that counts
 HARD_BLENDS = (0.75, 0.85)  # B_closest around 80 %
 DRAWS = 20  # errors drawn for each galaxy
 
@@ -61,30 +61,38 @@ def lengthening(
 ) -> float:
     """What `binned_de` would be if outputs were right on average in e1 and e2.
 
-    Scatter lengthens a vector (its length then follows a Rice distribution): to each
-    input ellipticity comes a normal error as wide as those of the outputs in its bin
-    of SNR, half the distance of their 16th and 84th percentiles, or, where `sigma`
-    (scene,) is given, of that standard deviation in each component, such as a bound
-    of `cramer_rao`. NaN is left out. Table of `evaluate`.
+    Scatter lengthens a vector (where it is round, the length follows a Rice
+    distribution): to each input ellipticity comes a normal error along it and another
+    across, as wide as those of the outputs in its bin of SNR, half the distance of
+    their 16th and 84th percentiles, or, where `sigma` (scene, along/across) is given,
+    of that standard deviation, such as a bound of `cramer_rao`. NaN is left out, and
+    is all there is without ten galaxies in some bin. Table of `evaluate`.
     """
     columns = _columns(table)
-    pairs, bins = columns["pairs"], _snr_bins(columns["snr"])
+    pairs, bins = _own_frame(columns["pairs"]), _snr_bins(columns["snr"])
     if sigma is None:
         widths = _widths(pairs, bins)
     else:
-        widths = np.asarray(sigma)[in_snr_range(table["snr"]), None]
+        widths = np.asarray(sigma)[in_snr_range(table["snr"])]
     finite = np.isfinite(pairs).all(axis=(1, 2)) & np.isfinite(widths).all(axis=1)
     medians = []
     for i in range(1, SNR_BINS + 1):
         chosen = finite & (bins == i)
-        if chosen.sum() < FEWEST:
+        if chosen.sum() < MIN_SCENES:
             continue
         e_in = pairs[chosen, 0].repeat(DRAWS, axis=0)  # (draw, component)
         scatter = widths[chosen].repeat(DRAWS, axis=0)
         drawn = e_in + scatter * rng.standard_normal(e_in.shape)
         longer = np.linalg.norm(drawn, axis=1) - np.linalg.norm(e_in, axis=1)
         medians.append(np.median(longer))
-    return float(np.abs(medians).mean())
+    return float(np.abs(medians).mean()) if medians else np.nan
+
+
+def _own_frame(pairs: np.ndarray) -> np.ndarray:
+    """Ellipticities (scene, in/out, component) along and across those of the input."""
+    e = pairs @ np.array([1, 1j])
+    e = e * np.exp(-1j * np.angle(e[:, :1]))
+    return np.stack([e.real, e.imag], axis=-1)
 
 
 def relative_shear_biases(
@@ -130,7 +138,7 @@ def _columns(table: Table) -> dict[str, np.ndarray]:
 def _statistics(columns: dict[str, np.ndarray]) -> dict[str, float]:
     pairs = columns["pairs"]
     pairs = pairs[np.isfinite(pairs).all(axis=(1, 2))]
-    found = {"slope": regression(pairs)[2] if len(pairs) >= FEWEST else np.nan}
+    found = {"slope": regression(pairs)[2] if len(pairs) >= MIN_SCENES else np.nan}
     bins = _snr_bins(columns["snr"])
     hard_low, hard_high = HARD_BLENDS
     hard = (columns["b_closest"] >= hard_low) & (columns["b_closest"] < hard_high)
@@ -169,5 +177,5 @@ def _snr_bins(snr: np.ndarray) -> np.ndarray:
 
 def _percentiles(error: np.ndarray) -> np.ndarray:
     """As `percentiles`; NaN for too few."""
-    few = np.isfinite(error).sum() < FEWEST
+    few = np.isfinite(error).sum() < MIN_SCENES
     return np.full(3, np.nan) if few else percentiles(error)

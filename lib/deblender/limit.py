@@ -20,6 +20,7 @@ from .surveys import Survey
 # Steps of the central differences, in the order of the parameters of a galaxy that do
 # not depend on the band: x and y (arcsec), log of the size, reduced shear g1 and g2.
 STEPS = np.array([0.01, 0.01, 0.01, 0.01, 0.01])
+PLACE, SHEAR = slice(0, 2), slice(3, 5)  # among them
 MAGNITUDES = 2.5 / np.log(10)  # of a relative error of flux of one
 
 
@@ -33,23 +34,37 @@ class _Galaxy:
 
 
 def cramer_rao(scenes: Scenes, galaxies: Catalogue) -> Table:
-    """Smallest standard deviations of an unbiased fit, blended and isolated.
+    """Smallest standard deviations of an unbiased fit, by what it is told.
 
     `scenes` of `galaxies`, drawn without shear. Columns, one row a scene: `sigma_r`
-    (magnitudes), `sigma_e` (of the modulus of the ellipticity of the target) for a fit
-    of all galaxies together, each with its flux in every band, position, size and
-    shape; `sigma_r_alone`, `sigma_e_alone` for the target without its neighbours. NaN
-    where the parameters cannot be told apart.
+    (magnitudes), `sigma_e` (of the modulus of the ellipticity of the target) and
+    `sigma_across` (of the component at right angles to it), for a fit of all galaxies
+    together, each with its flux in every band, position, size and shape. With the
+    ending `_centred` the position of the target is known, with `_placed` that of every
+    galaxy, and `_alone` is without neighbours. NaN where the parameters cannot be told
+    apart, and of ellipticities where the target has none.
     Variance of pixels: sky and sources. Cramer 1946; Rao 1945.
+
+    Raises ValueError for scenes of other galaxies.
     """
+    survey, truth = scenes.survey, scenes.truth
+    r_mag = galaxies.magnitudes(survey)[:, survey.reference_index]
+    if not np.allclose(r_mag.take(truth["galaxy_id"], mode="clip"), truth["r_mag"]):
+        raise ValueError(
+            f"received catalogue {galaxies.name!r}, whose galaxies have other "
+            "magnitudes than those of the scenes; accepted: the one they were drawn of"
+        )
     rows = []
     for i in tqdm(range(len(scenes)), desc="Fisher matrices", leave=False):
         drawn = _differentiate(scenes, galaxies, i)
-        e = np.array([scenes.truth["e1"][i], scenes.truth["e2"][i]])
-        both = [_information(part, scenes.survey) for part in (drawn, drawn[:1])]
-        rows.append(np.ravel([_errors(fisher, scenes.survey, e) for fisher in both]))
-    names = ("sigma_r", "sigma_e", "sigma_r_alone", "sigma_e_alone")
-    return Table(np.array(rows).reshape(-1, 4), names=names)
+        e = np.array([truth["e1"][i], truth["e2"][i]])
+        fisher, alone = _information(drawn, survey), _information(drawn[:1], survey)
+        bounds = [_errors(fisher, survey, e, n) for n in (0, 1, len(drawn))]
+        rows.append(np.ravel([*bounds, _errors(alone, survey, e)]))
+    numbers = ("sigma_r", "sigma_e", "sigma_across")
+    endings = ("", "_centred", "_placed", "_alone")
+    names = [number + ending for ending in endings for number in numbers]
+    return Table(np.array(rows).reshape(-1, len(names)), names=names)
 
 
 def _differentiate(scenes: Scenes, galaxies: Catalogue, i: int) -> list[_Galaxy]:
@@ -105,18 +120,27 @@ def _information(drawn: list[_Galaxy], survey: Survey) -> np.ndarray:
     return fisher
 
 
-def _errors(fisher: np.ndarray, survey: Survey, e: np.ndarray) -> tuple[float, float]:
-    """Standard deviations of r and of the modulus of the ellipticity of the target."""
-    try:
-        covariance = np.linalg.inv(fisher)
-    except np.linalg.LinAlgError:
-        return np.nan, np.nan
+def _errors(
+    fisher: np.ndarray, survey: Survey, e: np.ndarray, n_placed: int = 0
+) -> tuple[float, float, float]:
+    """Standard deviations for the target: of r, and of e along and across itself.
+
+    `e` is its ellipticity; the positions of the first `n_placed` galaxies are known.
+    """
     band, n_bands = survey.reference_index, len(survey.bands)
-    shear = slice(n_bands + 3, n_bands + 5)
-    # A shear g turns an ellipticity e into (e + g) / (1 + e* g); along e, its modulus
-    # grows by (1 - |e|^2) g, and of a round galaxy any direction serves.
-    along = e / np.hypot(*e) if np.hypot(*e) > 0 else np.array([1.0, 0.0])
-    variance = along @ covariance[shear, shear] @ along
+    free = np.ones((len(fisher) // (n_bands + len(STEPS)), n_bands + len(STEPS)), bool)
+    free[:n_placed, n_bands:][:, PLACE] = False
+    free = np.ix_(free.ravel(), free.ravel())
+    covariance = np.zeros_like(fisher)
+    try:
+        covariance[free] = np.linalg.inv(fisher[free])
+    except np.linalg.LinAlgError:
+        return np.nan, np.nan, np.nan
+    shear = covariance[n_bands:, n_bands:][SHEAR, SHEAR]
+    # Any direction serves a round galaxy.
+    cos, sin = e / np.hypot(*e) if np.hypot(*e) > 0 else (1.0, 0.0)
+    frame = np.array([[cos, sin], [-sin, cos]])
     with np.errstate(invalid="ignore"):
-        sigma_e = (1 - e @ e) * np.sqrt(variance)
-        return MAGNITUDES * np.sqrt(covariance[band, band]), sigma_e
+        # A shear g turns an ellipticity e into (e + g) / (1 + e* g).
+        along, across = (1 - e @ e) * np.sqrt(np.diag(frame @ shear @ frame.T))
+        return MAGNITUDES * np.sqrt(covariance[band, band]), along, across
