@@ -26,16 +26,12 @@ PIECE = 25  # scenes between two files
 
 def about(morphology: str, n: int) -> dict[str, str]:
     """How the fits of a morphology are made, and of which scenes."""
-    settings = peers.FITS[morphology] | {"stride": peers.STRIDE}
-    packages = ["scarlet2"]
-    if morphology == "prior":
-        settings["temperature"] = peers.TEMPERATURE
-        packages.append("galaxygrad")
+    packages = ["scarlet2", "galaxygrad"] if morphology == "prior" else ["scarlet2"]
     made = ", ".join(f"{name} {version(name)}" for name in packages)
     return {
         "made": f"by {made} on {processor()}",
         "scenes": f"synthetic galaxies, LSST, exact centring, seed 1, of {n}",
-        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
+        "settings": peers.settings(morphology),
     }
 
 
@@ -63,7 +59,9 @@ def fit(n: int, morphology: str, file: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=500, help="blends [%(default)s]")
-    parser.add_argument("morphology", nargs="*", help="sersic, pixels, prior [all]")
+    parser.add_argument("morphology", nargs="*", help=f"{', '.join(peers.FITS)} [all]")
     args = parser.parse_args()
+    if unknown := set(args.morphology) - set(peers.FITS):
+        parser.error(f"received {unknown}; accepted: {', '.join(peers.FITS)}")
     for name in args.morphology or peers.FITS:
         fit(args.n, name, ROOT / "data" / "results" / f"scarlet2-{name}.ecsv")

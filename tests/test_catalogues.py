@@ -92,6 +92,15 @@ def test_missing_catalogue_says_how_to_get_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_images_without_a_table_of_fits_are_no_catalogue(tmp_path):
+    stamps = tmp_path / "stamps"
+    write_stamps(stamps, 4)
+    for file in stamps.glob("*_fits.fits"):
+        file.unlink()
+    with pytest.raises(ValueError, match="galsim_download_cosmos"):
+        deblender.catalogue(str(stamps), real=True)
+
+
 def test_unknown_split_is_refused(synthetic):
     with pytest.raises(ValueError, match="unknown split 'dev'; accepted: train"):
         synthetic.split("dev")

@@ -98,6 +98,33 @@ def test_checkpoint_of_other_galaxies_is_refused(whole):
             train(whole[0], **change)
 
 
+def test_checkpoint_of_the_same_galaxies_with_other_images_is_refused(
+    whole, monkeypatch
+):
+    """Those of HST and those before HST's noise have the same fluxes."""
+    simulate = deblender.simulate
+
+    def with_noise(*args, **kwargs):
+        scenes = simulate(*args, **kwargs)
+        scenes.truth["snr"] *= 1.001
+        return scenes
+
+    monkeypatch.setattr(deblender, "simulate", with_noise)
+    with pytest.raises(OtherTraining, match="'data': .*; accepted: "):
+        train(whole[0])
+
+
+def test_unknown_losses_and_no_epochs_are_refused(tmp_path):
+    def mine(target, output):
+        return target - output
+
+    with pytest.raises(ValueError, match="loss mine; accepted: cross_entropy, "):
+        train(tmp_path, loss=mine)
+    with pytest.raises(ValueError, match="received 0 epochs; accepted: one or more"):
+        train(tmp_path, epochs=0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_checkpoint_of_another_precision_is_refused(whole):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:

@@ -63,6 +63,13 @@ def test_a_flow_learns_what_no_gaussian_can_be():
     np.testing.assert_array_equal(one, two)
 
 
+def test_numbers_that_depend_on_others_are_refused():
+    vectors = np.random.default_rng(1).normal(size=(200, 4))
+    vectors[:, 3] = vectors[:, :3].sum(axis=1)
+    with pytest.raises(ValueError, match="one is a sum of others; accepted: indep"):
+        fit_flow(vectors)
+
+
 def test_too_few_vectors_are_refused():
     with pytest.raises(ValueError, match="received 5 vectors; accepted: 6 or more"):
         fit_flow(np.zeros((5, 3)))

@@ -66,7 +66,7 @@ def test_amplitude_is_a_signal_to_noise_ratio(survey):
     assert np.sum(aperture**2) == pytest.approx(1, rel=1e-5)
     empty, bright = np.zeros_like(aperture), 100 * aperture
     amplitude = linear.amplitudes(np.stack([empty, bright]), aperture)
-    expected = [linear.FAINTEST, np.hypot(100, linear.FAINTEST)]
+    expected = [linear.EMPTY, np.hypot(100, linear.EMPTY)]
     np.testing.assert_allclose(
         keras.ops.convert_to_numpy(amplitude)[:, 0], expected, rtol=1e-5
     )
@@ -263,9 +263,9 @@ def test_few_scenes_say_little_of_correlation():
 def _flux_bars(network, result):
     """Standard deviations (scene,) of fluxes in r, by widths and their correlation."""
     base, *unit = network.decode(np.eye(linear.N_COMPONENTS + 1, k=-1)[:, :-1])
-    per_number = linear.brightness(np.array(unit) - base, network.survey)
+    per_number = linear.reference_flux(np.array(unit) - base, network.survey)
     edges = keras.ops.convert_to_numpy(network.correlation.edges)
-    flux = linear.brightness(result.image, network.survey)
+    flux = linear.reference_flux(result.image, network.survey)
     loads = result.latent_width * per_number  # (scene, latent)
     tied = network.correlation.factors[np.searchsorted(edges, flux)]
     return np.linalg.norm(np.einsum("ni,nij->nj", loads, tied), axis=1)
@@ -274,7 +274,7 @@ def _flux_bars(network, result):
 def test_samples_know_how_errors_go_together(blends):
     network = deblender.load("lsst")
     result = network.deblend(blends.take(np.arange(2)).noisy, n_samples=1000)
-    drawn = linear.brightness(result.samples, network.survey).std(axis=0)
+    drawn = linear.reference_flux(result.samples, network.survey).std(axis=0)
     np.testing.assert_allclose(drawn / _flux_bars(network, result), 1, atol=0.08)
 
 
@@ -283,7 +283,7 @@ def test_published_bars_on_flux_are_honest(synthetic, survey):
     network = deblender.load("lsst")
     scenes = deblender.simulate(synthetic, survey, 400, seed=3)
     result = network.deblend(scenes.noisy)
-    errors = linear.brightness(result.image - scenes.target, survey)
+    errors = linear.reference_flux(result.image - scenes.target, survey)
     assert 0.63 < np.mean(np.abs(errors) < _flux_bars(network, result)) < 0.80
 
 
@@ -300,7 +300,7 @@ def test_cameras_are_laid_on_one_grid():
     source = keras.Input(survey.shape)
     align = keras.Model(source, linear._align(source, survey))
     aligned = keras.ops.convert_to_numpy(align(stamp))[0]  # (y, x, channel)
-    grid = (np.arange(linear.CENTRE) - (linear.CENTRE - 1) / 2) * 0.2  # arcsec
+    grid = (np.arange(linear.WINDOW) - (linear.WINDOW - 1) / 2) * 0.2  # arcsec
     light = aligned.sum(axis=(0, 1))
     np.testing.assert_allclose(light, 1 / 0.2**2, rtol=5e-3)
     x = np.einsum("yxc,x->c", aligned, grid) / light

@@ -55,7 +55,7 @@ def test_sampling_draws_from_the_gaussian():
 
 def test_deblender_starts_from_the_prior_and_shares_its_decoder():
     prior = networks.vae(6, seed=1)
-    model = networks.deblender(prior, seed=1)
+    model = networks.deblender(prior.encoder, prior.decoder, seed=1)
     assert model.decoder is prior.decoder and not model.decoder.trainable
     assert model.encoder is not prior.encoder
     for a, b in zip(model.encoder.weights, prior.encoder.weights, strict=True):

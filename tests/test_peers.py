@@ -25,16 +25,15 @@ def bright(synthetic):
 
 
 def truth(scenes):
-    flux = scenes.target.sum(axis=(1, 2), dtype=float)
-    return Answer(scenes.target.copy(), flux, np.ones(len(scenes)))
+    return Answer.of(scenes.target.copy(), len(scenes))
 
 
 def test_places_are_those_of_the_light(synthetic):
-    """The centroid of each galaxy, drawn alone, is where `positions` says."""
+    """The centroid of each galaxy, drawn alone, is where `places` says."""
     survey = deblender.survey("lsst")
     scenes = deblender.simulate(synthetic, survey, 20, 3, "pixel", seed=7)
     y, x = np.mgrid[:64, :64]
-    for i, places in enumerate(peers.positions(scenes)):
+    for i, places in enumerate(scenes.places):
         rows = np.arange(scenes.first[i], scenes.first[i + 1])
         images = scenes.compose(rows)[..., survey.index("r")].astype(float)
         images *= np.hypot(y - 31.5, x - 31.5) < 25  # wings leave the stamp unevenly
@@ -109,6 +108,43 @@ def test_cameras_of_other_pixels_are_refused(synthetic):
         peers.sep(scenes)
 
 
+def scattered(rng, n=400, width=0.1):
+    """A table of `score` whose errors are normal."""
+    names = ("dr", "dgr", "de", "e1_in", "e2_in", "ssim", "cosine", "seconds")
+    table = Table({name: rng.normal(0, width, n) for name in names})
+    table["e1_out"], table["e2_out"] = table["e1_in"], table["e2_in"]
+    table["snr"] = 100.0
+    return table
+
+
+def test_errors_of_a_summary_are_its_scatter_from_table_to_table():
+    rng = np.random.default_rng(2)
+    found = peers.summary_errors(scattered(rng), rng)
+    drawn = [peers.summary(scattered(rng)) for _ in range(300)]
+    for name in ("median_dr", "sigma_dr", "sigma_de"):
+        expected = np.std([numbers[name] for numbers in drawn])
+        assert found[name] == pytest.approx(expected, rel=0.35), name
+    assert found["slope"] == pytest.approx(0, abs=1e-9)
+
+
+def test_errors_of_a_difference_leave_out_what_both_tables_share():
+    rng = np.random.default_rng(3)
+    table, other = scattered(rng), scattered(rng)
+    alike = table.copy()
+    alike["dr"] += rng.normal(0, 0.01, len(table))
+    alone = peers.summary_errors(table, rng)["sigma_dr"]
+    assert peers.summary_errors(table, rng, minus=table)["sigma_dr"] == 0
+    assert peers.summary_errors(table, rng, minus=alike)["sigma_dr"] < 0.5 * alone
+    apart = peers.summary_errors(table, rng, minus=other[:200])["sigma_dr"]
+    assert apart > 1.2 * alone
+
+
+def test_an_answer_of_images_has_their_fluxes(blends):
+    answer = Answer.of(blends.target, seconds=6.0)
+    np.testing.assert_allclose(answer.flux, blends.target.sum(axis=(1, 2)), rtol=1e-5)
+    assert answer.seconds.sum() == pytest.approx(6.0)
+
+
 def test_similarity_in_closed_form():
     rng = np.random.default_rng(1)
     image = rng.random((32, 32))
@@ -125,12 +161,15 @@ def test_similarity_in_closed_form():
 
 def test_kept_results_must_be_of_the_same_scenes(blends, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "data_folder", lambda *_: tmp_path)
-    with pytest.raises(ValueError, match="no results 'other'; accepted: none"):
-        peers.kept("other", blends)
+    with pytest.raises(ValueError, match="no results 'scarlet2-prior'; accepted: none"):
+        peers.kept("prior", blends)
     table = Table({"r_mag": blends.truth["r_mag"][:20]})
-    table.meta["scenes"] = "seed 5"
-    table.write(tmp_path / "other.ecsv")
-    assert len(peers.kept("other", blends)) == 20
-    assert len(peers.kept("other", blends.take(np.arange(5)))) == 5
+    table.meta |= {"scenes": "seed 5", "settings": peers.settings("prior")}
+    table.write(tmp_path / "scarlet2-prior.ecsv")
+    assert len(peers.kept("prior", blends)) == 20
+    assert len(peers.kept("prior", blends.take(np.arange(5)))) == 5
     with pytest.raises(ValueError, match="of other scenes .* accepted: seed 5"):
-        peers.kept("other", blends.take(np.arange(1, 60)))
+        peers.kept("prior", blends.take(np.arange(1, 60)))
+    monkeypatch.setattr(peers, "TEMPERATURE", 0.02)
+    with pytest.raises(ValueError, match="temperature 0.1; accepted: .* 0.02"):
+        peers.kept("prior", blends)

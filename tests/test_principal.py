@@ -21,7 +21,7 @@ def code(galaxies):
 
 def test_components_are_those_of_a_singular_value_decomposition():
     vectors = np.random.default_rng(1).normal(size=(30, 50)) * np.arange(50)
-    components = principal.fit_components(vectors, 4)
+    components = principal.fit_whitening(vectors, 4)
     _, _, axes = np.linalg.svd(vectors - vectors.mean(axis=0))
     cosines = axes[:4] @ components.weights
     cosines /= np.linalg.norm(components.weights, axis=0)
@@ -30,13 +30,13 @@ def test_components_are_those_of_a_singular_value_decomposition():
 
 def test_components_are_white():
     vectors = np.random.default_rng(2).normal(size=(100, 20)) * np.arange(1, 21)
-    codes = principal.fit_components(vectors, 5)(vectors)
+    codes = principal.fit_whitening(vectors, 5)(vectors)
     np.testing.assert_allclose(codes.T @ codes / 100, np.eye(5), atol=1e-8)
 
 
 def test_components_that_a_small_sample_lacks_are_zero():
     vectors = np.random.default_rng(2).normal(size=(4, 20))
-    codes = principal.fit_components(vectors, 6)(vectors)
+    codes = principal.fit_whitening(vectors, 6)(vectors)
     assert np.isfinite(codes).all()
     np.testing.assert_allclose(codes[:, 3:], 0, atol=1e-6)
 
@@ -71,7 +71,7 @@ def warm(synthetic):
 def test_warm_start_leads_to_a_vae(synthetic, warm):
     assert warm.card["images_seen"] == {"decoder": 32, "encoder": 32}
     setting = {"n_train": 16, "n_validation": 16, "epochs": 1, "learning_rate": 0.0}
-    prior, _ = training.train_vae(synthetic, warm.survey, start=warm, **setting)
+    prior = training.train_vae(synthetic, warm.survey, start=warm, **setting)
     for old, new in zip(warm.decoder.weights, prior.decoder.weights, strict=True):
         np.testing.assert_array_equal(old.numpy(), new.numpy())
     kind = {"survey": "lsst", "architecture": "paper"}

@@ -5,6 +5,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import galsim
 import numpy as np
@@ -185,7 +187,7 @@ def test_peak_centring_puts_a_detected_peak_at_the_centre(synthetic):
 
 
 def test_isolated_peak_centring_draws_from_the_fitted_offsets(synthetic, monkeypatch):
-    monkeypatch.setattr(simulation, "centring_offsets", lambda c: (3.0, 8.0, 0.0, 0.3))
+    monkeypatch.setattr(simulation, "centring_offsets", lambda *_: (3.0, 8.0, 0.0, 0.3))
     scenes = simulate(synthetic, deblender.survey("lsst"), 400, 1, "peak", seed=2)
     distance = np.hypot(scenes.truth["dx"], scenes.truth["dy"])
     mean = 0.3 * 3 / 7  # of the beta prime distribution: a / (b - 1)
@@ -246,6 +248,43 @@ def test_interrupted_work_resumes(synthetic, tmp_path, monkeypatch):
     _share_catalogues(tmp_path / "again", monkeypatch)
     whole = simulate(synthetic, survey, 2 * CHUNK, 1, seed=11, processes=1)
     np.testing.assert_array_equal(resumed.stamps["LSST"], whole.stamps["LSST"])
+
+
+def test_stopped_at_the_very_end_nothing_is_drawn_again(
+    synthetic, tmp_path, monkeypatch
+):
+    survey, setting = deblender.survey("lsst"), {"seed": 12, "processes": 1}
+    monkeypatch.setenv("DEBLENDER_CACHE", str(tmp_path))
+    _share_catalogues(tmp_path, monkeypatch)
+    whole = simulate(synthetic, survey, 3, 1, **setting)
+    rename, paint = os.replace, simulation._Painter.paint
+
+    def stop(source, target):
+        if Path(source).suffix == ".partial":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(synthetic, survey, 4, 1, **setting)
+    monkeypatch.setattr(os, "replace", rename)
+    monkeypatch.setattr(simulation._Painter, "paint", None)
+    resumed = simulate(synthetic, survey, 4, 1, **setting)
+    monkeypatch.setattr(simulation._Painter, "paint", paint)
+    np.testing.assert_array_equal(resumed.flux[:3], whole.flux)
+    assert not list((tmp_path / "scenes").glob("*/chunk-*"))
+
+
+def test_offsets_are_drawn_by_as_many_processes(synthetic, monkeypatch):
+    asked = []
+
+    def simulated(*args, processes, client, **kwargs):
+        asked.append((processes, client))
+        return SimpleNamespace(truth={"dx": np.ones(90), "dy": np.arange(90.0)})
+
+    monkeypatch.setattr(simulation, "simulate", simulated)
+    simulation._offsets(synthetic, 1, "peak", 3, None)
+    assert asked == [(3, None)]
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no such call here")

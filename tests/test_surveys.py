@@ -16,6 +16,13 @@ def test_bands_and_order():
     ]
 
 
+def test_every_band_is_a_channel_of_one_camera():
+    ten = survey("lsst+euclid")
+    found = {camera.name: ten.band_names[bands] for camera, bands in ten.cameras}
+    assert found == {"LSST": tuple("ugrizy"), "VIS": ("VIS",), "NISP": tuple("YJH")}
+    assert survey("lsst").cameras == [(ten.instruments[0], slice(0, 6))]
+
+
 @pytest.mark.parametrize("name", survey("lsst+euclid").band_names)
 def test_magnitude_inverts_electrons(name):
     ten = survey("lsst+euclid")

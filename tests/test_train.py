@@ -59,6 +59,17 @@ def test_decentred_network_goes_on_from_itself_and_shares_still(out, tmp_path):
     assert card["parts"]["decoder"]["file"] == "../lsst/decoder.safetensors"
 
 
+def test_a_decoder_that_others_share_is_not_replaced(out, tmp_path, capsys):
+    for name in ("lsst", "lsst-pixel"):
+        shutil.copytree(out / name, tmp_path / name)
+    with pytest.raises(SystemExit):
+        main(["lsst", "--out", str(tmp_path), *TINY])
+    assert "lsst-pixel in" in (said := capsys.readouterr().err)
+    assert "accepted: another --out, or" in said
+    main(["lsst", "--start", "lsst", "--out", str(tmp_path), *TINY])
+    deblender.load("lsst-pixel", folder=tmp_path)  # finds its decoder still
+
+
 def test_a_network_goes_on_from_another(out, tmp_path):
     more = ["--start", str(out / "lsst"), "--calibration", "2"]
     main(["lsst", "--out", str(tmp_path), *more, *TINY])

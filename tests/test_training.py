@@ -71,21 +71,22 @@ def test_swapped_neighbours_leave_targets_brightest(blends):
 
 def test_deblender_is_watched_and_leaves_the_decoder_to_the_bit(synthetic):
     survey = deblender.survey("lsst")
-    prior, _ = training.train_vae(synthetic, survey, 32, 16, 1)
+    prior = training.train_vae(synthetic, survey, 32, 16, 1)
     decoder = [w.numpy().copy() for w in prior.decoder.weights]
     encoder = [w.numpy().copy() for w in prior.encoder.weights]
-    network, history = training.train_deblender(prior, synthetic, 32, 32, 1)
+    network = training.train_deblender(prior, synthetic, 32, 32, 1)
     for before, after in zip(decoder, network.decoder.weights, strict=True):
         np.testing.assert_array_equal(before, after.numpy())
     for before, after in zip(encoder, network.encoder.weights, strict=True):
         np.testing.assert_array_equal(before, after.numpy())
     assert not np.array_equal(encoder[4], network.deblender.weights[4].numpy())
     assert network.images_seen == {"vae": 32, "deblender": 32}
-    assert history.curve["val_images"] == [32] and history.curve["val_loss"][0] > 0
+    curve = network.card["deblender"]["curve"]
+    assert curve["val_images"] == [32] and curve["val_loss"][0] > 0
     validation = deblender.simulate(synthetic, survey, 32, split="validation")
     watched = statistics(evaluate(network, validation))
     for name in ("slope", "sigma_de", "sigma_dr"):
-        np.testing.assert_allclose(history.curve[name], watched[name], atol=1e-4)
+        np.testing.assert_allclose(curve[name], watched[name], atol=1e-4)
 
 
 def test_validation_has_noise_of_its_own(blends, normalisation):
@@ -107,7 +108,7 @@ def test_another_survey_starts_from_trained_bands(synthetic):
     model = networks.vae(6, seed=2)
     both, scale = (model.encoder, model.decoder), Normalisation(np.full(6, 5000.0))
     prior = Network(deblender.survey("lsst"), scale, *both, None, {"images_seen": {}})
-    ten, _ = training.train_vae(
+    ten = training.train_vae(
         synthetic, deblender.survey("lsst+euclid"), 16, 16, 1,
         start=prior, learning_rate=0.0,
     )  # fmt: skip

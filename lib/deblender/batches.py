@@ -1,6 +1,7 @@
 """Batches of training pairs, composed on the fly from unit-flux stamps."""
 
 from collections.abc import Callable
+from functools import cached_property
 
 import keras
 import numpy as np
@@ -15,6 +16,7 @@ BATCH_SIZE = 16
 MOST_WORKERS = 16  # threads that compose batches while the network learns
 NOISE_BANK = 2**24  # normal numbers; each image takes a stretch of them
 ORDER, BANK, BATCH = 1, 2, 3  # streams of random numbers of one seed
+SYMMETRIES = 8  # of a square: four turns, each mirrored or not
 CODE_NOISE = 0.05  # keeps neighbouring codes decoding to neighbouring galaxies
 
 
@@ -58,11 +60,14 @@ class Batches(keras.utils.PyDataset):
         slots = range(1, int(scenes.counts.max(initial=1)))
         rows = [scenes.neighbour_rows(slot) for slot in slots]
         self.neighbours = np.array(rows, dtype=int).reshape(len(rows), len(scenes))
-        # Of its own for validation, which should not know the noise of the training.
-        rng = np.random.default_rng([seed, BANK, augment])
-        self.bank = rng.standard_normal(NOISE_BANK, np.float32)
         self.epoch = 0
         self._begin()
+
+    @cached_property
+    def bank(self) -> np.ndarray:
+        """Normal numbers, of its own for validation, which should see other noise."""
+        rng = np.random.default_rng([self.seed, BANK, self.augment])
+        return rng.standard_normal(NOISE_BANK, np.float32)
 
     def _begin(self) -> None:
         rng = np.random.default_rng([self.seed, ORDER, self.epoch])
@@ -104,7 +109,7 @@ class Batches(keras.utils.PyDataset):
         rows = np.column_stack([self.scenes.first[chosen], *self.neighbours[:, chosen]])
         turns = np.zeros(len(chosen), int)
         if self.augment:
-            turns = rng.integers(8, size=len(chosen))
+            turns = rng.integers(SYMMETRIES, size=len(chosen))
         return rows, turns, rng
 
     def noisy(self, blend: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -175,7 +180,7 @@ class RepeatedBatches(EncoderBatches):
 
 
 def dihedral(images: np.ndarray, elements: np.ndarray) -> np.ndarray:
-    """Apply to each square image (y, x, band) one of the eight symmetries, 0 to 7."""
+    """Apply to each square image (y, x, band) one of its SYMMETRIES, from 0."""
     turned = np.empty_like(images)  # (image, y, x, band)
     for i, element in enumerate(elements):
         image = np.rot90(images[i], element % 4)

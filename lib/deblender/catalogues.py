@@ -209,6 +209,8 @@ def _has_fits(main: Path) -> bool:
 
 
 def _has_images(main: Path) -> bool:
+    if not _fits_of(main).is_file():
+        return False
     names = set(np.char.strip(np.asarray(Table.read(main)["GAL_FILENAME"], dtype=str)))
     return all((main.parent / name).is_file() for name in names)
 
@@ -217,18 +219,7 @@ def _read(name: str, main: Path, real: bool) -> Catalogue:
     digest = hashlib.sha256(main.read_bytes() + _fits_of(main).read_bytes()).hexdigest()
     profiles = Table.read(_fits_of(main))
     table_size = len(profiles)
-    if real:
-        source = galsim.RealGalaxyCatalog(main.name, dir=str(main.parent))
-        rows = np.arange(source.nobjects)
-    else:
-        selected = main.with_name(f"{main.stem}_selection.fits").is_file()
-        source = galsim.COSMOSCatalog(
-            _fits_of(main).name,
-            dir=str(main.parent),
-            use_real=False,
-            exclusion_level="bad_fits" if selected else "none",
-        )
-        rows = source.orig_index
+    source, rows = _source(main, real)
     profiles = profiles[rows]
     if "mag_auto" in profiles.colnames:
         magnitude, redshift = profiles["mag_auto"], profiles["zphot"]
@@ -245,6 +236,23 @@ def _read(name: str, main: Path, real: bool) -> Catalogue:
         np.asarray(rows),
         table_size,
     )
+
+
+def _source(
+    main: Path, real: bool
+) -> tuple[galsim.COSMOSCatalog | galsim.RealGalaxyCatalog, np.ndarray]:
+    """What GalSim reads galaxies from, and their rows in the tables."""
+    if real:
+        source = galsim.RealGalaxyCatalog(main.name, dir=str(main.parent))
+        return source, np.arange(source.nobjects)
+    selected = main.with_name(f"{main.stem}_selection.fits").is_file()
+    source = galsim.COSMOSCatalog(
+        _fits_of(main).name,
+        dir=str(main.parent),
+        use_real=False,
+        exclusion_level="bad_fits" if selected else "none",
+    )
+    return source, source.orig_index
 
 
 def _template_fractions(profiles: Table) -> np.ndarray:

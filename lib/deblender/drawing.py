@@ -28,7 +28,7 @@ SIDES = tuple(
 # and PSF, added in quadrature. Then images are within 1e-3 of the peak and of the flux
 # of those of GalSim (tested).
 GALAXY_ROOM, PSF_ROOM = 1.2, 2.5
-FAINTEST = 3e-3  # of the transform of a PSF, relative to its centre
+PSF_END = 3e-3  # of the transform of a PSF, relative to its centre
 DARKEST = 4e-4  # the same of PSF and pixel, below which a wave is left out
 # The curve of a Sérsic profile is kept at even steps of the square root of the wave
 # number, which is steep near zero and long, in units of 1 / half-light radius.
@@ -145,7 +145,7 @@ def _spread(instrument: Instrument) -> float:
 def _grid(instrument: Instrument, side: int) -> Grid:
     """The waves that an instrument sees, and how much of each."""
     psf, scale = instrument.psf, instrument.pixel_scale
-    highest = psf.withGSParams(maxk_threshold=FAINTEST).maxk
+    highest = psf.withGSParams(maxk_threshold=PSF_END).maxk
     finer = round(highest * scale / np.pi)
     oversampling = finer + finer % 2 if finer > 1 else 1  # blocks need one or pairs
     n, step = side * oversampling, 2 * np.pi / (side * scale)

@@ -7,20 +7,18 @@ from astropy.table import Table, hstack, vstack
 from tqdm import tqdm
 
 from .catalogues import Catalogue
-from .measurement import errors, in_snr_range, measure
+from .measurement import (
+    Estimate,
+    ellipticity_bias,
+    errors,
+    in_snr_range,
+    measure,
+)
 from .simulation import Scenes, simulate
 from .surveys import Survey
 from .weights import Network
 
 SHEARS = ((0.0, 0.0), (1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0))
-
-
-def channels(scenes: Scenes, network: Network) -> list[int]:
-    """Channels of the scenes that the network reads.
-
-    Raises ValueError if the scenes lack one of its bands.
-    """
-    return scenes.survey.channels(network.survey)
 
 
 def evaluate(network: Network, scenes: Scenes, isolated: bool = False) -> Table:
@@ -30,8 +28,10 @@ def evaluate(network: Network, scenes: Scenes, isolated: bool = False) -> Table:
     a scene: some columns of `scenes.truth`, those of `errors`, and `e1_in`, `e2_in`,
     `e_in`, `e1_out`, `e2_out`, `flag` and `reason` of the output. Few scenes are in
     memory at a time. A network of fewer bands sees the same pixels of those it has.
+
+    Raises ValueError if the scenes lack one of its bands.
     """
-    bands = channels(scenes, network)
+    bands = scenes.survey.channels(network.survey)
     apply = network.reconstruct if isolated else network.deblend
     tables = [
         compare(apply(batch.noisy[..., bands]).image, batch, network.survey)
@@ -65,6 +65,14 @@ def ellipticity_pairs(table: Table) -> tuple[np.ndarray, np.ndarray]:
     return e_in, np.stack([table["e1_out"], table["e2_out"]], axis=1)
 
 
+def slope(table: Table, rng: np.random.Generator | None = None) -> Estimate:
+    """Slope minus one of output on input ellipticity, of a table of `evaluate`.
+
+    The mean of both components, `alpha` of `ellipticity_bias`.
+    """
+    return ellipticity_bias(*ellipticity_pairs(table), rng)["alpha"]
+
+
 def shear_samples(
     networks: dict[str, Network],
     catalogue: Catalogue,
@@ -93,7 +101,7 @@ def shear_samples(
         for batch in _progress(sheared, survey):
             parts["target"].append(measure(batch.target, survey))
             for name, network in networks.items():
-                noisy = batch.noisy[..., channels(batch, network)]
+                noisy = batch.noisy[..., survey.channels(network.survey)]
                 image = network.deblend(noisy).image
                 parts[name].append(measure(image, network.survey))
         for name in tables:

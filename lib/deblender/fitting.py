@@ -123,8 +123,14 @@ class Checkpoint(keras.callbacks.Callback):
         self.log = folder / "history.json"
         folder.mkdir(parents=True, exist_ok=True)
 
-    def resume(self, model: keras.Model) -> int:
-        """Go back to the last checkpoint; returns the number of epochs done."""
+    def resume(self, model: keras.Model, example) -> int:
+        """Go back to the last checkpoint; returns the number of epochs done.
+
+        `example` is an input of `model`, whose first weights are a part of the setting.
+        """
+        model(example)  # creates what is restored
+        model.optimizer.build(model.trainable_variables)
+        self.setting["start"] = _digest(model.get_weights())
         if not self.last.is_file():
             return 0
         state = dumped_state(self.last)
@@ -187,25 +193,24 @@ def fit(
     `watch` returns after each epoch joins the history; a `typical` among it is the
     validation loss to go by.
 
-    Raises OtherTraining if the checkpoint in `folder` is of other galaxies, first
-    weights, seed, sizes, loss, precision or learning rate, or composed elsewhere.
+    Raises ValueError for no epochs or an unknown loss, and OtherTraining if the
+    checkpoint in `folder` is of other galaxies, first weights, seed, sizes, loss,
+    precision or learning rate, or composed elsewhere.
     """
+    if epochs < 1:
+        raise ValueError(f"received {epochs} epochs; accepted: one or more")
     optimiser = _adam(epochs * len(batches), learning_rate, loss)
     setting = _setting(batches, validation, epochs, learning_rate, loss)
     recorder, fed = Recorder(batches, epochs, watch), batches
-    on_device = bool(accelerators()) and composes(batches)
-    if on_device:
+    if bool(accelerators()) and composes(batches):
         model, fed, loss = OnDevice(model, batches, loss), UnitBatches(batches), None
         validation = validation and UnitBatches(validation)
     model.compile(optimiser, loss=loss)
-    callbacks, done = [recorder], 0
+    checkpoint, done = None, 0
     if folder is not None:
-        model(fed[0][0])  # creates what is restored
-        model.optimizer.build(model.trainable_variables)
-        setting |= {"start": _digest(model.get_weights()), "on_device": on_device}
+        setting["on_device"] = loss is None
         checkpoint = Checkpoint(folder, recorder, setting)
-        done = checkpoint.resume(model)
-        callbacks.append(checkpoint)
+        done = checkpoint.resume(model, fed[0][0])
     if done < epochs and not (done and checkpoint.over()):
         # NumPy's threads would wait in the way of those of the network.
         with threadpool_limits(1, "blas"):
@@ -214,11 +219,11 @@ def fit(
                 validation_data=validation,
                 initial_epoch=done,
                 epochs=epochs,
-                callbacks=callbacks,
+                callbacks=[recorder, checkpoint] if checkpoint else [recorder],
                 shuffle=False,  # the batches see to that, from their seed
                 verbose=0,
             )
-    if folder is not None:
+    if checkpoint is not None:
         fill_variables(model.weights, checkpoint.best)
     return recorder.history
 
@@ -231,7 +236,9 @@ def _setting(
     loss: Callable,
 ) -> dict:
     """What tells one training from another, but for its first weights."""
-    data = [each.scenes.flux for each in (batches, validation) if each is not None]
+    scenes = [each.scenes for each in (batches, validation) if each is not None]
+    # Galaxies drawn with the noise of HST and without it have the same fluxes.
+    data = [a for s in scenes for a in (s.flux, np.asarray(s.truth["snr"]))]
     return {
         "epochs": epochs,
         "learning_rate": learning_rate,
@@ -254,6 +261,9 @@ def _digest(arrays: list[np.ndarray]) -> str:
 def _adam(
     steps: int, learning_rate: float, loss: Callable
 ) -> keras.optimizers.Optimizer:
+    if loss not in LARGEST_GRADIENT:
+        known = ", ".join(each.__name__ for each in LARGEST_GRADIENT)
+        raise ValueError(f"received loss {loss.__name__}; accepted: {known}")
     warm_up = min(WARM_UP, steps // 10)
     schedule = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=learning_rate / 10,

@@ -102,11 +102,18 @@ def fit_flow(
 ) -> Flow:
     """Learn how latent vectors (n, latent) are distributed, by their likelihood.
 
-    Raises ValueError for fewer vectors than twice their numbers.
+    Raises ValueError for fewer vectors than twice their numbers, or numbers of which
+    one is a sum of others.
     """
     n, size = vectors.shape
     if n < 2 * size:
         raise ValueError(f"received {n} vectors; accepted: {2 * size} or more")
+    least, *_, most = np.linalg.eigvalsh(np.cov(vectors.T))
+    if least < size * np.finfo(float).eps * most:
+        raise ValueError(
+            f"received {size} numbers of which one is a sum of others; accepted: "
+            "independent ones, which a little noise makes of them"
+        )
     keras.utils.set_random_seed(seed)  # of the first weights and of the order
     flow = Flow(vectors, seed)
     steps = epochs * -(-n // batch_size)

@@ -12,12 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from . import linear
-from .batches import dihedral
-from .peers import CENTRE, positions
 from .simulation import Scenes
+from .surveys import STAMP_CENTRE
 from .weights import Network
 
-ORIENTATIONS = 8  # in which galaxies are looked at for their moments
 ROUNDS = 3  # of the equations, each with what the last says of brightness and light
 BRIGHTNESS = 30.0  # of a neighbour in the first round
 SMALLEST = 1e-6  # of a second moment, which is added so that they can be inverted
@@ -33,23 +31,21 @@ def second_moments(network: Network, scenes: Scenes) -> np.ndarray:
     """
     _check(network)
     code = linear.Code(network.decoder, network.normalisation)
-    total = np.zeros((linear.N_COMPONENTS, linear.N_COMPONENTS))
-    for part in scenes.batches():
-        for side in range(ORIENTATIONS):
-            stamps = dihedral(part.target, np.full(len(part), side))
-            vectors = code.relative(stamps, network.survey).astype(float)
-            total += vectors.T @ vectors
-    return total / (ORIENTATIONS * len(scenes))
+    vectors = code.of_all_sides(scenes).astype(float)
+    return vectors.T @ vectors / len(vectors)
 
 
-def refine(network: Network, scenes: Scenes, moments: np.ndarray) -> np.ndarray:
+def refine(
+    network: Network, scenes: Scenes, moments: np.ndarray, encoder: bool = True
+) -> np.ndarray:
     """Deblend, then fit target and neighbours together, the latter's true places given.
 
     The target's latent vector has what the network says for prior, that of a neighbour
     a normal one of mean zero and of its squared brightness times `moments` (see
     `second_moments`). Pixels vary by the sky and by the light that the fit sees in
     them. The network has seen these pixels, so that they count twice where it made the
-    best of them: this is an estimate, without an error. Chapter 7, eq. (eq-joint).
+    best of them: this is an estimate, without an error. Without `encoder` the target is
+    fitted as its neighbours are. Chapter 7, eq. (eq-joint).
     Returns (scene, y, x, band), electrons.
 
     Raises ValueError for scenes of several cameras, or a network that is not linear.
@@ -66,22 +62,23 @@ def refine(network: Network, scenes: Scenes, moments: np.ndarray) -> np.ndarray:
     noise = np.broadcast_to(np.sqrt(survey.sky), survey.shape).ravel()
     neighbour = np.linalg.inv(moments + SMALLEST * np.diag(np.diag(moments)))
     latent = []
-    known = zip(positions(scenes), _said(network, scenes), strict=True)
-    for places, (stamp, mean, covariance) in tqdm(known, "refining", len(scenes)):
-        moved = [draw(*shift) for shift in places[1:] - CENTRE]
+    said = _said(network, scenes) if encoder else _nothing_said(scenes)
+    known = zip(scenes.places, said, strict=True)
+    for places, (stamp, prior) in tqdm(known, "refining", len(scenes)):
+        moved = [draw(*shift) for shift in places[1:] - STAMP_CENTRE]
         data = stamp.ravel() / noise
-        precisions = np.linalg.inv(covariance), neighbour
         design = np.concatenate([target, *moved])
-        fitted = fit_latent(design, data, noise, mean, precisions, gauge)
+        fitted = fit_latent(design, data, noise, prior, neighbour, gauge)
         latent.append(fitted[0])
     return network.decode(np.array(latent, dtype=np.float32))
 
 
 def _check(network: Network) -> None:
     if network.architecture != "linear" or network.correlation is None:
+        knows = "with" if network.correlation else "without"
         raise ValueError(
-            f"received a {network.architecture} network; accepted: a linear one, with "
-            "the correlation of its errors"
+            f"received a {network.architecture} network {knows} the correlation of its "
+            "errors; accepted: a linear one with it"
         )
 
 
@@ -117,8 +114,14 @@ def _overlap(shift: int, side: int) -> tuple[slice, slice]:
     return slice(to, to + n), slice(origin, origin + n)
 
 
-def _said(network: Network, scenes: Scenes) -> Iterator[tuple[np.ndarray, ...]]:
-    """Noisy stamps, and what a network says of each: mean (latent,), covariance.
+def _nothing_said(scenes: Scenes) -> Iterator[tuple[np.ndarray, None]]:
+    for part in scenes.batches():
+        for stamp in part.noisy:
+            yield stamp, None
+
+
+def _said(network: Network, scenes: Scenes) -> Iterator[tuple[np.ndarray, tuple]]:
+    """Noisy stamps, and what a network says of each: mean (latent,), precision.
 
     The mean is that of all sides from which the network looks, the covariance, of its
     errors, that of one.
@@ -126,33 +129,35 @@ def _said(network: Network, scenes: Scenes) -> Iterator[tuple[np.ndarray, ...]]:
     code = linear.Code(network.decoder, network.normalisation)
     for part in scenes.batches():
         said = network.deblend(part.noisy)
-        flux = linear.brightness(said.image, network.survey)
+        flux = linear.reference_flux(said.image, network.survey)
         each = np.eye(said.latent_mean.shape[1], dtype=np.float32)[:, None]
         spread = network.correlation.tie(each.repeat(len(part), axis=1), flux)
         spread = np.moveaxis(spread * said.latent_width, 0, 2)  # (scene, latent, draw)
         means = code(said.image).astype(float)
         parts = zip(part.noisy, means, spread.astype(float), strict=True)
         for stamp, mean, factor in parts:
-            yield stamp, mean, factor @ factor.T
+            yield stamp, (mean, np.linalg.inv(factor @ factor.T))
 
 
 def fit_latent(
     design: np.ndarray,
     data: np.ndarray,
     noise: np.ndarray,
-    mean: np.ndarray,
-    precisions: tuple[np.ndarray, np.ndarray],
+    prior: tuple[np.ndarray, np.ndarray] | None,
+    neighbour: np.ndarray,
     gauge: np.ndarray,
 ) -> np.ndarray:
     """Latent vectors that fit the pixels of a scene best (galaxy, latent).
 
     `design` (galaxy * latent, pixel), target first, and `data` (pixel,) are in units of
-    `noise` (pixel,), that of the sky in electrons. The target's prior has this `mean`;
-    `precisions` are inverse covariances, of the target and of a neighbour of unit
-    brightness, which for latent vector z is z times `gauge`, as in `linear.amplitudes`.
+    `noise` (pixel,), that of the sky in electrons. `prior` has mean and inverse
+    covariance of the target, None where it is as any other; `neighbour` is the inverse
+    covariance of a galaxy of unit brightness, which for latent vector z is z times
+    `gauge`, as in `linear.amplitudes`.
     """
-    n, (precision, neighbour) = len(mean), precisions
-    bright = np.full(len(design) // n - 1, BRIGHTNESS)
+    n, known = len(gauge), int(prior is not None)
+    mean, precision = prior or (np.zeros(n), np.zeros((n, n)))
+    bright = np.full(len(design) // n - known, BRIGHTNESS)
     light = mean.astype(design.dtype) @ design[:n]
     for _ in range(ROUNDS):
         weighted = design / (1 + np.maximum(light, 0) / noise).astype(design.dtype)
@@ -160,11 +165,11 @@ def fit_latent(
         right = (weighted @ data).astype(float)
         matrix[:n, :n] += precision
         right[:n] += precision @ mean
-        for k, size in enumerate(bright, start=1):
+        for k, size in enumerate(bright, start=known):
             own = slice(k * n, (k + 1) * n)
             matrix[own, own] += neighbour / size**2
         latent = np.linalg.solve(matrix, right)
         light = latent.astype(design.dtype) @ design
         latent = latent.reshape(-1, n)
-        bright = np.hypot(np.maximum(latent[1:] @ gauge, 0), linear.FAINTEST)
+        bright = np.hypot(np.maximum(latent[known:] @ gauge, 0), linear.EMPTY)
     return latent

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from .batches import dihedral
+from .batches import SYMMETRIES, dihedral
 from .networks import CONVOLUTION, DENSE, EXACT, activate
 from .normalisation import NoiseUnits
 from .simulation import Scenes
@@ -21,11 +21,11 @@ FILTERS = (32, 64, 128, 256)
 HIDDEN = 512
 # Side of the square that the convolutions see, in pixels of the reference band. The
 # linear path sees all of a stamp.
-CENTRE = 48
+WINDOW = 48
 APERTURE = 0.9  # arcsec, FWHM of the Gaussian that weighs the centre of a stamp
 SHARES = 4  # of targets from faint to bright, each with its own correlation of errors
 FARTHEST = 5.0  # widths; errors beyond say nothing of how the usual ones go together
-FAINTEST = 5.0  # the amplitude of a stamp without a galaxy, in units of its noise
+EMPTY = 5.0  # the amplitude of a stamp without a galaxy, in units of its noise
 NARROWEST, WIDEST = -9.0, 4.0  # logarithm of a relative width
 FLAT = EXACT | {"kernel_initializer": "zeros"}
 
@@ -43,12 +43,12 @@ def aperture(survey: Survey) -> np.ndarray:
 
 
 def amplitudes(stamps, weights):
-    """Signal-to-noise ratio inside an aperture, at least FAINTEST.
+    """Signal-to-noise ratio inside an aperture, at least EMPTY.
 
     `stamps` (scene, y, x, band) in units of their noise; returns (scene, 1).
     """
     signal = ops.sum(ops.multiply(stamps, weights), axis=(1, 2, 3))
-    signal = ops.sqrt(ops.square(ops.maximum(signal, 0.0)) + FAINTEST**2)
+    signal = ops.sqrt(ops.square(ops.maximum(signal, 0.0)) + EMPTY**2)
     return ops.expand_dims(signal, -1)
 
 
@@ -112,7 +112,7 @@ def fit_components(scenes: Scenes, n_components: int) -> tuple[np.ndarray, np.nd
         )
     survey = scenes.survey
     stamps = scenes.target / np.sqrt(survey.sky)
-    stamps = dihedral(stamps, np.arange(len(stamps)) % 8)
+    stamps = dihedral(stamps, np.arange(len(stamps)) % SYMMETRIES)
     size = ops.convert_to_numpy(amplitudes(stamps, aperture(survey)))
     vectors = stamps.reshape(len(stamps), -1) / size  # (scene, feature)
     # The faintest values are 10^-8 of the largest, below what single precision adds up.
@@ -167,7 +167,7 @@ class Correlation(layers.Layer):
     def tie(self, draws: np.ndarray, flux: np.ndarray) -> np.ndarray:
         """Correlated draws (sample, scene, latent) of independent, normal ones.
 
-        `flux` (scene,) is the `brightness` of each deblended image.
+        `flux` (scene,) is the `reference_flux` of each deblended image.
         """
         share = np.searchsorted(ops.convert_to_numpy(self.edges), flux)
         tied = np.empty_like(draws)
@@ -176,7 +176,7 @@ class Correlation(layers.Layer):
         return tied
 
 
-def brightness(images: np.ndarray, survey: Survey) -> np.ndarray:
+def reference_flux(images: np.ndarray, survey: Survey) -> np.ndarray:
     """Flux (...,) in the reference band of images (..., y, x, band), electrons."""
     return images[..., survey.reference_index].sum(axis=(-2, -1))
 
@@ -220,23 +220,22 @@ def _align(stamp: keras.KerasTensor, survey: Survey) -> keras.KerasTensor:
     grid; larger ones are interpolated. Where a camera sees less sky there are zeros.
     """
     grid, parts = survey.reference.instrument.pixel_scale, []
-    for k, instrument in enumerate(survey.instruments):
-        bands = np.flatnonzero(survey.instrument_of_band == k)
-        part = stamp[..., bands[0] : bands[-1] + 1]
+    for instrument, bands in survey.cameras:
+        part, n_bands = stamp[..., bands], bands.stop - bands.start
         finer = max(round(grid / instrument.pixel_scale), 1)
         scale = instrument.pixel_scale * finer / grid  # of a pixel or a group of them
-        side = min(round(CENTRE / scale) * finer, STAMP_SIZE)
+        side = min(round(WINDOW / scale) * finer, STAMP_SIZE)
         part = layers.CenterCrop(side, side)(part)
         if finer > 1:
             side //= finer
-            part = layers.Reshape((side, finer, side, finer, len(bands)))(part)
+            part = layers.Reshape((side, finer, side, finer, n_bands))(part)
             part = layers.Permute((1, 3, 2, 4, 5))(part)
-            part = layers.Reshape((side, side, finer**2 * len(bands)))(part)
+            part = layers.Reshape((side, side, finer**2 * n_bands))(part)
         width = round(side * scale)  # in pixels of the grid
         if width != side:
             part = layers.Resizing(width, width)(part)
-        if width < CENTRE:
-            part = layers.ZeroPadding2D((CENTRE - width) // 2)(part)
+        if width < WINDOW:
+            part = layers.ZeroPadding2D((WINDOW - width) // 2)(part)
         parts.append(part)
     return layers.Concatenate()(parts) if len(parts) > 1 else parts[0]
 
@@ -260,6 +259,15 @@ class Code:
         """Latent vectors over the brightness of their stamps, that of `amplitudes`."""
         size = amplitudes(self.units.forward(stamps), aperture(survey))
         return self(stamps) / ops.convert_to_numpy(size)
+
+    def of_all_sides(self, scenes: Scenes) -> np.ndarray:
+        """Relative vectors of targets turned and mirrored in every way, (n, latent)."""
+        vectors = [
+            self.relative(dihedral(part.target, np.full(len(part), side)), part.survey)
+            for part in scenes.batches()
+            for side in range(SYMMETRIES)
+        ]
+        return np.concatenate(vectors)
 
     def of_normalised(self, stamps):
         """Latent vectors of a tensor that is in units of the noise already."""

@@ -111,7 +111,7 @@ def encoder(n_bands: int, name: str = "encoder") -> keras.Model:
     return keras.Model(stamp, [mean, width], name=name)
 
 
-def decoder(n_bands: int, name: str = "decoder") -> keras.Model:
+def decoder(n_bands: int) -> keras.Model:
     """Latent vector to normalised stamp; mirrors the encoder (Fig. 2).
 
     Input (batch, latent); output (batch, y, x, band) in (0, 1). With ten bands it has
@@ -135,7 +135,7 @@ def decoder(n_bands: int, name: str = "decoder") -> keras.Model:
         name="stamp",
         **EXACT,
     )(x)
-    return keras.Model(latent, stamp, name=name)
+    return keras.Model(latent, stamp, name="decoder")
 
 
 def kl_divergence(mean: keras.KerasTensor, width: keras.KerasTensor):
@@ -263,19 +263,16 @@ def vae(n_bands: int, seed: int | None = None) -> Autoencoder:
 
 
 def deblender(
-    prior: Autoencoder | tuple[keras.Model, keras.Model], seed: int | None = None
+    first: keras.Model, decoder: keras.Model, seed: int | None = None
 ) -> Autoencoder:
     """A second encoder before the frozen decoder of a trained VAE (section 3.3).
 
-    The new encoder starts from the VAE's; starting at random gives the same result
-    according to the paper.
+    The new encoder starts from another, which is the VAE's in the paper; starting at
+    random gives the same result according to it.
     """
-    first, shared = (
-        prior if isinstance(prior, tuple) else (prior.encoder, prior.decoder)
-    )
     second = encoder(first.input_shape[-1])
     second.set_weights(first.get_weights())
-    return Autoencoder(second, shared, freeze_decoder=True, seed=seed)
+    return Autoencoder(second, decoder, freeze_decoder=True, seed=seed)
 
 
 def transplant(

@@ -79,8 +79,8 @@ class OnDevice(keras.Model):
     def galaxies(self, units: dict) -> tuple:
         """Noiseless targets and sums of neighbours, electrons (image, y, x, band)."""
         targets, rests = [], []
-        for name, bands in self.batches.scenes.bands:
-            stamps = ops.cast(units[name], "float32")  # (image, galaxy, y, x)
+        for camera, bands in self.batches.scenes.survey.cameras:
+            stamps = ops.cast(units[camera.name], "float32")  # (image, galaxy, y, x)
             flux = units["flux"][..., bands]  # (image, galaxy, band)
             targets.append(ops.einsum("iyx,ib->iyxb", stamps[:, 0], flux[:, 0]))
             rests.append(ops.einsum("igyx,igb->iyxb", stamps[:, 1:], flux[:, 1:]))
@@ -115,7 +115,10 @@ def _beyond_processors() -> list[str]:
 
 
 def devices() -> list[str]:
-    """Devices that the backend lists: GPUs where there are some, or else processors."""
+    """Devices that the backend lists: GPUs where there are some, or else processors.
+
+    On PyTorch GPUs alone, of which there may be none.
+    """
     if keras.backend.backend() == "torch":  # of which Keras lists none
         import torch
 

@@ -17,12 +17,16 @@ from tqdm import tqdm
 
 from .evaluation import compare, ellipticity_pairs
 from .files import data_folder
-from .measurement import ellipticity_bias, in_snr_range, percentiles
+from .measurement import (
+    MIN_SCENES,
+    bootstrap,
+    in_snr_range,
+    percentiles,
+    regression,
+)
 from .simulation import MATCH_RADIUS, Scenes
-from .surveys import STAMP_SIZE
 
 OUTLIER = 0.5  # magnitudes off in r, beyond which a galaxy counts as lost
-CENTRE = (STAMP_SIZE - 1) / 2  # pixels
 # What `scarlet2` takes for each morphology, as a search on validation blends advises.
 FITS = {
     "sersic": {"size": 61, "steps": 2000, "settle": True},
@@ -48,6 +52,12 @@ class Answer:
     images: np.ndarray
     flux: np.ndarray
     seconds: np.ndarray
+
+    @classmethod
+    def of(cls, images: np.ndarray, seconds: float = 0.0) -> "Answer":
+        """Of images alone, whose sums are the fluxes; `seconds` for all of them."""
+        flux = images.sum(axis=(1, 2), dtype=float)
+        return cls(images, flux, np.full(len(images), seconds / len(images)))
 
 
 def _answer(scenes: Scenes, deblend: Callable[[Scenes], tuple], label: str) -> Answer:
@@ -77,20 +87,7 @@ def _answer(scenes: Scenes, deblend: Callable[[Scenes], tuple], label: str) -> A
 
 def nothing(scenes: Scenes) -> Answer:
     """The blend itself, as if it were the target."""
-    flux = scenes.noisy.sum(axis=(1, 2), dtype=float)
-    return Answer(scenes.noisy, flux, np.zeros(len(scenes)))
-
-
-def positions(scenes: Scenes) -> Iterator[np.ndarray]:
-    """True places of the galaxies of each scene, its target first, in pixels (y, x)."""
-    survey = scenes.survey
-    scale = survey.reference.instrument.pixel_scale
-    rows = zip(
-        scenes.target_positions, scenes.neighbour_positions, scenes.counts, strict=True
-    )
-    for target, neighbours, n in rows:
-        placed = np.concatenate([target[None], neighbours[: n - 1]])  # (galaxy, xy)
-        yield CENTRE + placed[:, ::-1] / scale
+    return Answer.of(scenes.noisy)
 
 
 def sep(
@@ -105,6 +102,8 @@ def sep(
     DEBLEND_MINCONT. The target is the object nearest to its true place. Its flux is
     that of its pixels in the segmentation map, or, with `aperture`, that inside Kron's
     ellipse, neighbours masked out. Barbary 2016; Bertin & Arnouts 1996.
+
+    Raises ValueError for scenes of several cameras.
     """
     deblend = partial(
         _sep_scene, aperture=aperture, threshold=threshold, contrast=contrast
@@ -126,8 +125,8 @@ def _sep_scene(
         deblend_cont=contrast,
         segmentation_map=True,
     )
-    (place,) = positions(scene)
-    distance = np.hypot(objects["y"] - place[0, 0], objects["x"] - place[0, 1])
+    ((place, *_),) = scene.places
+    distance = np.hypot(objects["y"] - place[0], objects["x"] - place[1])
     distance = distance * survey.reference.instrument.pixel_scale
     if not len(objects) or distance.min() > MATCH_RADIUS:
         return None
@@ -175,12 +174,12 @@ def scarlet2(
     Variances are those of the sky and of the light in the noisy pixels. FITS has the
     best settings. Melchior et al. 2018 and Sampson et al. 2024.
 
-    Raises ValueError for an unknown morphology.
+    Raises ValueError for an unknown morphology, or scenes of several cameras.
     """
-    import jax
-
     if morphology not in FITS:
         raise ValueError(f"morphology {morphology!r}; accepted: {', '.join(FITS)}")
+    import jax
+
     options = {"size": size, "steps": steps, "settle": settle}
     deblend = partial(_scarlet2_scene, morphology=morphology, **options)
     found = []
@@ -201,7 +200,7 @@ def _scarlet2_scene(
     sc2.set_validation(False)
     seen, frame = _observed(sc2, scene)
     add = _add_sersic if morphology == "sersic" else _add_pixels
-    (places,) = positions(scene)
+    (places,) = scene.places
     with sc2.Scene(frame) as model:
         for place in places:
             add(sc2, seen, jnp.array(place), size)
@@ -330,7 +329,9 @@ def summary(table: Table) -> dict[str, float]:
     for name in ("dr", "dgr", "de"):
         p16, median, p84 = percentiles(table[name])
         found |= {f"median_{name}": median, f"sigma_{name}": (p84 - p16) / 2}
-    found["slope"] = ellipticity_bias(*ellipticity_pairs(table))["alpha"].value
+    pairs = np.stack(ellipticity_pairs(table), axis=1)  # (scene, in/out, component)
+    pairs = pairs[np.isfinite(pairs).all(axis=(1, 2))]
+    found["slope"] = regression(pairs)[2] if len(pairs) >= MIN_SCENES else np.nan
     found |= {name: np.nanmedian(table[name]) for name in ("ssim", "cosine")}
     found["outliers"] = 1 - np.mean(np.abs(table["dr"]) < OUTLIER)
     found["failed"] = 1 - np.mean(np.isfinite(table["dr"]) & np.isfinite(table["de"]))
@@ -338,20 +339,53 @@ def summary(table: Table) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def kept(name: str, scenes: Scenes) -> Table:
-    """A table of `score` that was computed elsewhere, of the first of these scenes.
+def summary_errors(
+    table: Table, rng: np.random.Generator, minus: Table | None = None
+) -> dict[str, float]:
+    """Bootstrap errors of the numbers of `summary`, or of what they exceed others by.
+
+    With `minus`, a table of the same scenes or of the first of them, both are drawn
+    together: what they share, such as hard scenes, is not in the errors.
+    """
+
+    def numbers(rows: np.ndarray) -> np.ndarray:
+        both = [table] if minus is None else [table, minus]
+        values = [list(summary(each[rows]).values()) for each in both]
+        return np.subtract(*values) if minus is not None else np.array(values[0])
+
+    n = len(table) if minus is None else min(len(table), len(minus))
+    draws = bootstrap(numbers, n, rng)
+    return dict(zip(summary(table), np.nanstd(draws, axis=0, ddof=1), strict=True))
+
+
+def settings(morphology: str) -> str:
+    """What decides how `scarlet2` fits a morphology, as its results name it."""
+    chosen = FITS[morphology] | {"stride": STRIDE}
+    if morphology == "prior":
+        chosen |= {"temperature": TEMPERATURE}
+    return ", ".join(f"{name} {value}" for name, value in chosen.items())
+
+
+def kept(morphology: str, scenes: Scenes) -> Table:
+    """A table of `score` of scarlet2's fits, computed elsewhere, of the first scenes.
 
     The files are in `data/results`; each says in its `meta` how it was made.
 
-    Raises ValueError if there is no such table, or if it is of other scenes.
+    Raises ValueError if there is no such table, or if it is of other scenes or was made
+    with other settings.
     """
-    folder = data_folder("results", "data/results")
+    name, folder = f"scarlet2-{morphology}", data_folder("results", "data/results")
     known = {file.stem: file for file in folder.glob("*.ecsv")}
     if name not in known:
         raise ValueError(
             f"no results {name!r}; accepted: {', '.join(sorted(known)) or 'none'}"
         )
     table = Table.read(known[name])[: len(scenes)]
+    if table.meta["settings"] != settings(morphology):
+        raise ValueError(
+            f"results {name!r} were made with {table.meta['settings']}; accepted: "
+            f"{settings(morphology)}"
+        )
     here = scenes.truth["r_mag"][: len(table)]
     if not np.allclose(here, table["r_mag"], atol=1e-4):
         raise ValueError(

@@ -25,7 +25,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .files import write_whole
-from .measurement import binned
+from .measurement import MIN_SCENES, binned
 
 # A label takes the first colour whose key it contains; without one, a spare colour.
 COLOURS = {
@@ -342,7 +342,7 @@ def architecture(encoder: Any, decoder: Any, frozen: bool = False) -> Figure:
 def training_curve(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Training and validation loss against images seen, a panel a network.
 
-    `curves`: label to the `curve` of a `training.History`. Each has its own axis, for
+    `curves`: label to the `curve` of a `fitting.History`. Each has its own axis, for
     a loss sums over the pixels of all its bands, and what is far from most is not
     shown.
     """
@@ -598,7 +598,7 @@ def half_widths(
         """Of the bins of each x."""
         tables = [binned(x, error, edges) for _, x, edges in xs]
         return [
-            np.where(table["n"] < 10, np.nan, table["p84"] - table["p16"]) / 2
+            np.where(table["n"] < MIN_SCENES, np.nan, table["p84"] - table["p16"]) / 2
             for table in tables
         ]
 

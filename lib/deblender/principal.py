@@ -16,11 +16,11 @@ from .simulation import Scenes
 from .surveys import Survey
 
 SMALLEST_VARIANCE = 1e-6  # of the first component; less is rounding, not blown up
-FAINTEST = 1e-3  # electrons; a peak below it has no profile to speak of
+NO_PEAK = 1e-3  # electrons; a peak below it has no profile to speak of
 
 
 @dataclass(frozen=True)
-class Components:
+class Whitening:
     """Whitened principal components of a set of vectors.
 
     `mean` (feature,) and `weights` (feature, component).
@@ -34,7 +34,7 @@ class Components:
         return (vectors - self.mean) @ self.weights
 
 
-def fit_components(vectors: np.ndarray, n: int) -> Components:
+def fit_whitening(vectors: np.ndarray, n: int) -> Whitening:
     """The first `n` principal components of vectors (sample, feature).
 
     Those that the sample does not have, being too small, come out as zeros.
@@ -48,7 +48,7 @@ def fit_components(vectors: np.ndarray, n: int) -> Components:
     weights = centred.T @ (rotations / values) * np.sqrt(len(vectors))
     # The sign of an eigenvector is free; every machine must choose the same.
     weights *= np.sign(np.take_along_axis(weights, np.abs(weights).argmax(0)[None], 0))
-    return Components(mean, np.pad(weights, [(0, 0), (0, n - weights.shape[1])]))
+    return Whitening(mean, np.pad(weights, [(0, 0), (0, n - weights.shape[1])]))
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class PrincipalCode:
     channels: list[int]  # of the stamps, those that the code is made of
     profile_channels: list[int]  # one an instrument
     normalisation: Normalisation
-    amplitudes: Components
-    profiles: Components
+    amplitudes: Whitening
+    profiles: Whitening
 
     def __call__(self, stamps: np.ndarray) -> np.ndarray:
         """Noiseless electrons (n, y, x, band) to codes (n, latent), float32."""
@@ -81,12 +81,10 @@ def fit_code(
     The scenes may have more bands than `survey`; `normalisation` is theirs.
     """
     channels = scenes.survey.channels(survey)
-    _, first = np.unique(survey.instrument_of_band, return_index=True)
-    code = PrincipalCode(
-        channels, [channels[i] for i in first], normalisation, None, None
-    )
-    amplitudes = fit_components(_amplitudes(scenes.target, code), len(channels))
-    profiles = fit_components(
+    first = [channels[bands.start] for _, bands in survey.cameras]
+    code = PrincipalCode(channels, first, normalisation, None, None)
+    amplitudes = fit_whitening(_amplitudes(scenes.target, code), len(channels))
+    profiles = fit_whitening(
         _profiles(scenes.target, code), LATENT_SIZE - len(channels)
     )
     return replace(code, amplitudes=amplitudes, profiles=profiles)
@@ -103,4 +101,4 @@ def _profiles(stamps: np.ndarray, code: PrincipalCode) -> np.ndarray:
     """Stamps divided by their peak, one an instrument."""  # (n, instrument * y * x)
     stamps = np.moveaxis(stamps[..., code.profile_channels], -1, 1)
     peaks = stamps.max(axis=(2, 3), keepdims=True)
-    return (stamps / np.maximum(peaks, FAINTEST)).reshape(len(stamps), -1)
+    return (stamps / np.maximum(peaks, NO_PEAK)).reshape(len(stamps), -1)

@@ -31,7 +31,7 @@ from .catalogues import SPLITS, Catalogue, cache_folder, catalogue
 from .drawing import draw
 from .files import make_once
 from .measurement import b_closest, b_total, ellipticities, signal_to_noise
-from .surveys import STAMP_SIZE, Survey, per_pixel, survey
+from .surveys import STAMP_CENTRE, STAMP_SIZE, Survey, per_pixel, survey
 from .workers import spread
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ ANNULUS = (0.325, 2.0)  # arcsec from the target to its neighbours (section 2.1.
 PIXEL_SQUARE = 0.2  # arcsec, side of the square of the pixel centring (section 2.1.4)
 DETECTION_SIZE, DETECTION_SIGMA = 128, 5.0
 MATCH_RADIUS = 1.0  # arcsec; a peak farther from every galaxy is one of the noise
+OFFSETS_FROM = 1000  # blends that tell how far peaks are from galaxies
 MAX_TRIES = 1000  # scenes drawn before giving up on one with a detected peak
 COUNTS, LAYOUT, NOISE = 1, 2, 3  # streams of random numbers of one seed
 FEW = 50.0  # electrons, below which the shape of Poisson's distribution shows
@@ -88,21 +89,12 @@ class Scenes:
         for image, chosen in zip(images, rows, strict=True):
             present = chosen[chosen >= 0]
             flux = self.flux[present] / np.float32(STAMP_SCALE)  # (galaxy, band)
-            for name, bands in self.bands:
-                unit = self.stamps[name][present].reshape(-1, STAMP_SIZE**2)
+            for instrument, bands in self.survey.cameras:
+                unit = self.stamps[instrument.name][present].reshape(-1, STAMP_SIZE**2)
                 # A product of matrices: ten times faster than broadcasting.
                 light = unit.astype(np.float32).T @ flux[:, bands]
                 image[..., bands] = light.reshape(STAMP_SIZE, STAMP_SIZE, -1)
         return images  # (image, y, x, band)
-
-    @cached_property
-    def bands(self) -> list[tuple[str, slice]]:
-        """Name of each instrument, and the channels that are its bands."""
-        whose = self.survey.instrument_of_band
-        channels = [np.flatnonzero(whose == k) for k in range(whose.max() + 1)]
-        slices = [slice(int(c[0]), int(c[-1]) + 1) for c in channels]
-        names = [instrument.name for instrument in self.survey.instruments]
-        return list(zip(names, slices, strict=True))
 
     def neighbour_rows(self, slot: int) -> np.ndarray:
         """Rows of the galaxies in a slot (1, 2, ...) of every scene, -1 where none.
@@ -122,6 +114,20 @@ class Scenes:
         """Where the neighbours are, arcsec; NaN where none."""  # (scene, slot, xy)
         x, y = self.truth["neighbour_dx"], self.truth["neighbour_dy"]
         return np.stack([x, y], axis=-1)
+
+    @property
+    def places(self) -> list[np.ndarray]:
+        """Where the galaxies of each scene are, its target first, (galaxy, yx).
+
+        In pixels of the reference band, from the first.
+        """
+        scale = self.survey.reference.instrument.pixel_scale
+        both = zip(self.target_positions, self.neighbour_positions, strict=True)
+        each = [np.concatenate([[target], others]) for target, others in both]
+        return [
+            STAMP_CENTRE + xy[:n, ::-1] / scale
+            for xy, n in zip(each, self.counts, strict=True)
+        ]
 
     @cached_property
     def target(self) -> np.ndarray:
@@ -146,8 +152,8 @@ class Scenes:
             images[i] = add_noise(blend, self.survey.sky, rng)
         return images
 
-    def take(self, indices: np.ndarray) -> "Scenes":
-        """The scenes of these indices, with the noise that they have here."""
+    def take(self, indices: np.ndarray | slice) -> "Scenes":
+        """The scenes of these indices or this mask, with the noise they have here."""
         indices = np.arange(len(self))[indices]
         counts = self.counts[indices]
         starts = np.repeat(self.first[:-1][indices], counts)
@@ -229,7 +235,7 @@ def simulate(
         seed=int(seed),
         split=split,
         shear=(float(shear[0]), float(shear[1])),
-        offsets=_offsets(catalogue, max_galaxies, centring),
+        offsets=_offsets(catalogue, max_galaxies, centring, processes, client),
     )
     folder = cache_folder() / "scenes" / task.key
     make_once(folder, partial(_draw_all, task, folder, processes, client))
@@ -255,22 +261,27 @@ def _check(
 
 
 def _offsets(
-    catalogue: Catalogue, max_galaxies: int, centring: str
+    catalogue: Catalogue,
+    max_galaxies: int,
+    centring: str,
+    processes: int | None,
+    client: "Client | None",
 ) -> tuple[float, ...] | None:
     if centring == "peak" and max_galaxies == 1:
-        return centring_offsets(catalogue)
+        return centring_offsets(catalogue, processes, client)
     return None
 
 
-def centring_offsets(catalogue: Catalogue, n_scenes: int = 1000) -> tuple[float, ...]:
+def centring_offsets(
+    catalogue: Catalogue, processes: int | None = None, client: "Client | None" = None
+) -> tuple[float, ...]:
     """Beta prime distribution of the centring error of peak-centred blends.
 
     Returns (a, b, loc, scale) of `scipy.stats.betaprime`, in arcsec, fitted to blends
-    of the training galaxies. Section 2.1.4.
+    of the training galaxies; `processes` and `client` as for `simulate`. Section 2.1.4.
     """
-    blends = simulate(
-        catalogue, survey("lsst"), n_scenes, 4, "peak", seed=0, split="train"
-    )
+    setting = {"seed": 0, "split": "train", "processes": processes, "client": client}
+    blends = simulate(catalogue, survey("lsst"), OFFSETS_FROM, 4, "peak", **setting)
     distance = np.hypot(blends.truth["dx"], blends.truth["dy"])
     return tuple(map(float, stats.betaprime.fit(distance, floc=0)))
 
@@ -534,6 +545,8 @@ def _draw_all(
             bar.update(_keep_chunk(half, counts, *drawn))
     _merge(half, starts)
     os.replace(half, folder)
+    for start in starts:  # no sooner: who is stopped before would draw them again
+        _chunk(folder, start).unlink()
 
 
 @lru_cache(maxsize=1)
@@ -585,8 +598,6 @@ def _merge(folder: Path, starts: range) -> None:
     chunks = [dict(np.load(_chunk(folder, start))) for start in starts]
     merged = {k: np.concatenate([c[k] for c in chunks]) for k in chunks[0]}
     np.savez(folder / "truth.npz", **merged)
-    for start in starts:
-        _chunk(folder, start).unlink()
 
 
 def _open(folder: Path, task: _Task) -> Scenes:

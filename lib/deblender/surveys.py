@@ -8,12 +8,14 @@ passbands from `speclite`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import galsim
 import numpy as np
 import surveycodex
 
 STAMP_SIZE = 64  # pixels along a side, whatever the instrument (section 2.1.2)
+STAMP_CENTRE = (STAMP_SIZE - 1) / 2  # where it is, in pixels from the first
 REFERENCE_BAND = "r"  # shapes, magnitudes and blendedness are measured in this band
 EUCLID_MOFFAT_BETA = 2.5
 
@@ -75,6 +77,7 @@ class Survey:
 
     @cached_property
     def band_names(self) -> tuple[str, ...]:
+        """Names of the bands, in the order of the channels."""
         return tuple(band.name for band in self.bands)
 
     @cached_property
@@ -86,6 +89,15 @@ class Survey:
     def instrument_of_band(self) -> np.ndarray:
         """Index into `instruments` of each band."""
         return np.array([self.instruments.index(b.instrument) for b in self.bands])
+
+    @cached_property
+    def cameras(self) -> list[tuple[Instrument, slice]]:
+        """Each instrument, and the channels that are its bands."""
+        ends = np.searchsorted(
+            self.instrument_of_band, np.arange(len(self.instruments) + 1)
+        )
+        slices = [slice(int(a), int(b)) for a, b in pairwise(ends)]
+        return list(zip(self.instruments, slices, strict=True))
 
     @cached_property
     def sky(self) -> np.ndarray:

@@ -5,6 +5,7 @@ command is given again.
 """
 
 import argparse
+import json
 import os
 import platform
 import shlex
@@ -23,14 +24,13 @@ from .fitting import OtherTraining
 from .on_device import accelerator_names, accelerators, devices, processor
 from .surveys import survey
 from .training import (
-    LINEAR_RATE,
     check_start,
     train_deblender,
     train_linear,
     train_vae,
     warm_start,
 )
-from .weights import Network, available, load, save
+from .weights import CARD, Network, available, load, save
 
 
 @dataclass(frozen=True)
@@ -113,23 +113,13 @@ def train(
     if sizes.batch_size is not None:
         rest |= {"batch_size": sizes.batch_size}
     if not recipe.paper:
-        # Half the rate spares what is known; bias is taught at a fraction anyway.
-        rate = LINEAR_RATE / 2 if start and sizes.epochs else LINEAR_RATE
         rest |= {"start": start, "components": recipe.components}
-        rest |= {"calibration": sizes.calibration}
-        return train_linear(galaxies, of, *n, learning_rate=rate, **rest)
+        return train_linear(galaxies, of, *n, calibration=sizes.calibration, **rest)
     if start is None or start.survey.name != of.name:
         start = warm_start(galaxies, of, *n, start=start, **rest)
-    prior, _ = train_vae(galaxies, of, *n, start=start, learning_rate=GENTLE, **rest)
-    network, _ = train_deblender(
-        prior, galaxies, *n, start=start.deblender, learning_rate=GENTLE, **rest
-    )
-    return network
-
-
-def _inherits(recipe: Recipe) -> bool:
-    """Whether the network keeps the decoder of its start."""
-    return recipe.start is not None and not recipe.paper
+    rest["learning_rate"] = GENTLE
+    prior = train_vae(galaxies, of, *n, start=start, **rest)
+    return train_deblender(prior, galaxies, *n, start=start.deblender, **rest)
 
 
 def provenance(arguments: list[str]) -> dict:
@@ -176,13 +166,9 @@ def main(arguments: list[str] | None = None) -> None:
     keras.config.set_dtype_policy(args.precision)
     _share_batches()
     made = provenance(arguments)
-    first = args.start or recipe.start
-    ours = first in available(out)  # trained here before
     try:
         sizes = _sizes(args, recipe)
-        start = load(out / first if ours else first) if first else None
-        survey_of = None if recipe.paper else survey(recipe.survey)
-        check_start(start, "paper" if recipe.paper else "linear", survey_of)
+        start, share = _begin(args, recipe)
         galaxies = catalogue(args.catalogue or recipe.catalogue, real=recipe.realistic)
     except ValueError as error:
         parser.error(str(error))
@@ -192,9 +178,38 @@ def main(arguments: list[str] | None = None) -> None:
     except OtherTraining as error:
         parser.error(str(error))
     network.card |= made
-    share = _shared(start, first, args.name) if ours and _inherits(recipe) else {}
     save(network, out / args.name, share=share)
     shutil.rmtree(checkpoints)
+
+
+def _begin(
+    args: argparse.Namespace, recipe: Recipe
+) -> tuple[Network | None, dict[str, str]]:
+    """The network to begin with, if any, and what `save` is told of its decoder.
+
+    Raises ValueError for a network that does not fit, or if others in the folder share
+    a decoder that this training would replace.
+    """
+    out, first = Path(args.out), args.start or recipe.start
+    ours = first in available(out)  # trained here before
+    start = load(out / first if ours else first) if first else None
+    survey_of = None if recipe.paper else survey(recipe.survey)
+    check_start(start, "paper" if recipe.paper else "linear", survey_of)
+    keeps = ours and not recipe.paper  # the decoder that lies there
+    if not (keeps and first == args.name) and (others := _sharing(out, args.name)):
+        raise ValueError(
+            f"{', '.join(others)} in {out} would lose the decoder that {args.name!r} "
+            f"shares with them; accepted: another --out, or, but for -paper, --start "
+            f"{args.name}"
+        )
+    return start, _shared(start, first, args.name) if keeps and recipe.start else {}
+
+
+def _sharing(out: Path, name: str) -> list[str]:
+    """Networks in a folder whose decoder lies with the one called `name`."""
+    file = f"../{name}/decoder.safetensors"
+    cards = {n: json.loads((out / n / CARD).read_text()) for n in available(out)}
+    return [n for n, card in cards.items() if card["parts"]["decoder"]["file"] == file]
 
 
 def _shared(start: Network, first: str, name: str) -> dict[str, str]:

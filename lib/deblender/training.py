@@ -20,11 +20,12 @@ from .batches import (
 from .catalogues import Catalogue
 from .comparison import statistics
 from .evaluation import compare
-from .fitting import LEARNING_RATE, History, Watch, fit
+from .fitting import LEARNING_RATE, Watch, fit
 from .networks import (
     COPIES,
     Autoencoder,
     calibration_loss,
+    cross_entropy,
     deblender,
     latent_likelihood,
     side_by_side,
@@ -70,36 +71,22 @@ def warm_start(
     Raises ValueError for a `start` of another architecture.
     """
     check_start(start, "paper")
-    isolated, alone, blends, watched = (
-        simulate(catalogue, survey, n, most, centring, seed, split)
-        for most in (1, 4)
-        for n, split in ((n_train, "train"), (n_validation, "validation"))
-    )
-    few = isolated.take(np.arange(min(n_train, CONSTANTS_FROM)))
+    sizes = n_train, n_validation, centring, seed
+    isolated, alone = _both(catalogue, survey, 1, *sizes)
+    blends, watched = _both(catalogue, survey, 4, *sizes)
+    few = isolated.take(slice(CONSTANTS_FROM))
     model, normalisation = _begin(few, seed, start)
     code = fit_code(few, normalisation, start.survey if start else survey)
     setting = {"normalisation": normalisation, "batch_size": batch_size}
     setting |= {"code": code, "seed": seed}
-    draws = fit(
-        model.decoder,
-        DecoderBatches(isolated, **setting),
-        DecoderBatches(alone, **setting, augment=False),
-        epochs,
-        folder=folder and folder / "decoder",
-    )
-    guesses = fit(
-        side_by_side(model.encoder),
-        EncoderBatches(blends, **setting, swap_neighbours=centring == "exact"),
-        EncoderBatches(watched, **setting, augment=False),
-        epochs,
-        loss=latent_likelihood,
-        folder=folder and folder / "encoder",
-    )
-    card = {
-        "images_seen": {"decoder": draws.images_seen, "encoder": guesses.images_seen},
-        "decoder": _summary(draws, n_train, epochs, LEARNING_RATE),
-        "encoder": _summary(guesses, n_train, epochs, LEARNING_RATE),
-    }
+    drawn = DecoderBatches(isolated, **setting)
+    drawn = drawn, DecoderBatches(alone, **setting, augment=False)
+    seen = EncoderBatches(blends, **setting, swap_neighbours=centring == "exact")
+    seen = seen, EncoderBatches(watched, **setting, augment=False)
+    guess, rest = side_by_side(model.encoder), {"folder": folder}
+    card = {"images_seen": {}}
+    _stage(card, "decoder", model.decoder, drawn, epochs, **rest)
+    _stage(card, "encoder", guess, seen, epochs, loss=latent_likelihood, **rest)
     if start is not None:
         card["start"] = _origin(start)
     both = (model.encoder, model.decoder)
@@ -118,34 +105,24 @@ def train_vae(
     learning_rate: float = LEARNING_RATE,
     batch_size: int = BATCH_SIZE,
     folder: Path | None = None,
-) -> tuple[Network, History]:
+) -> Network:
     """Train the prior on isolated galaxies (section 3.2).
 
     `start` gives the first weights, of the bands that both surveys have. Returns a
-    network without deblender, and its history.
+    network without deblender, whose card has the history.
 
     Raises ValueError for a `start` of another architecture.
     """
     check_start(start, "paper")
-    train = simulate(catalogue, survey, n_train, 1, centring, seed, "train")
-    validation = simulate(
-        catalogue, survey, n_validation, 1, centring, seed, "validation"
+    train, validation = _both(
+        catalogue, survey, 1, n_train, n_validation, centring, seed
     )
-    few = train.take(np.arange(min(n_train, CONSTANTS_FROM)))
-    model, normalisation = _begin(few, seed, start)
-    history = fit(
-        model,
-        Batches(train, normalisation, batch_size, seed),
-        Batches(validation, normalisation, batch_size, seed, augment=False),
-        epochs,
-        learning_rate,
-        folder=folder and folder / "vae",
-    )
+    model, normalisation = _begin(train.take(slice(CONSTANTS_FROM)), seed, start)
+    setting = normalisation, batch_size, seed
+    pair = Batches(train, *setting), Batches(validation, *setting, augment=False)
     card = _new_card(catalogue, centring, seed, batch_size, start)
-    card["images_seen"]["vae"] = history.images_seen
-    card["vae"] = _summary(history, n_train, epochs, learning_rate)
-    network = Network(survey, normalisation, model.encoder, model.decoder, None, card)
-    return network, history
+    _stage(card, "vae", model, pair, epochs, learning_rate, folder=folder)
+    return Network(survey, normalisation, model.encoder, model.decoder, None, card)
 
 
 def train_deblender(
@@ -160,40 +137,31 @@ def train_deblender(
     learning_rate: float = LEARNING_RATE,
     batch_size: int = BATCH_SIZE,
     folder: Path | None = None,
-) -> tuple[Network, History]:
+) -> Network:
     """Train a second encoder on blends before the frozen decoder (section 3.3).
 
     It starts from `start`, or from the encoder of `prior`, or else from its deblender.
-    Returns a network that shares decoder and normalisation with `prior`, and its
-    history.
+    Returns a network that shares decoder and normalisation with `prior`.
 
     Raises ValueError for a `prior` of another architecture.
     """
     check_start(prior, "paper")
-    survey, normalisation = prior.survey, prior.normalisation
-    train = simulate(catalogue, survey, n_train, 4, centring, seed, "train")
-    validation = simulate(
-        catalogue, survey, n_validation, 4, centring, seed, "validation"
+    train, validation = _both(
+        catalogue, prior.survey, 4, n_train, n_validation, centring, seed
     )
     first = start or prior.encoder or prior.deblender
-    model = deblender((first, prior.decoder), seed=seed)
-    exact = centring == "exact"
-    history = fit(
-        model,
-        Batches(train, normalisation, batch_size, seed, swap_neighbours=exact),
-        Batches(validation, normalisation, batch_size, seed, augment=False),
-        epochs,
-        learning_rate,
-        folder=folder and folder / "deblender",
-        watch=_watch(replace(prior, deblender=model.encoder), validation),
+    model = deblender(first, prior.decoder, seed=seed)
+    setting = prior.normalisation, batch_size, seed
+    pair = (
+        Batches(train, *setting, swap_neighbours=centring == "exact"),
+        Batches(validation, *setting, augment=False),
     )
-    seen = prior.card["images_seen"] | {"deblender": history.images_seen}
-    card = prior.card | {
-        "images_seen": seen,
-        "deblender": _summary(history, n_train, epochs, learning_rate)
-        | {"centring": centring, "catalogue": _describe(catalogue)},
-    }
-    return replace(prior, deblender=model.encoder, card=card), history
+    network = replace(prior, deblender=model.encoder)
+    rest = {"folder": folder, "watch": _watch(network, validation)}
+    card = prior.card | {"images_seen": dict(prior.card["images_seen"])}
+    _stage(card, "deblender", model, pair, epochs, learning_rate, **rest)
+    card["deblender"] |= {"centring": centring, "catalogue": _describe(catalogue)}
+    return replace(network, card=card)
 
 
 def train_linear(
@@ -205,7 +173,7 @@ def train_linear(
     centring: str = "exact",
     seed: int = 1,
     start: Network | None = None,
-    learning_rate: float = LINEAR_RATE,
+    learning_rate: float | None = None,
     batch_size: int = LINEAR_BATCH_SIZE,
     folder: Path | None = None,
     components: str = "peak",
@@ -220,41 +188,80 @@ def train_linear(
     remain is then measured, for draws that know how they go together. `start`, a
     linear network of the same survey, gives the components and the first weights;
     without it, they are those of galaxies of the centring `components`. `"peak"` serves
-    networks of any centring, `"exact"` draws centred galaxies with fewer.
+    networks of any centring, `"exact"` draws centred galaxies with fewer. The learning
+    rate is LINEAR_RATE unless given, half of it after a `start`.
 
     Raises ValueError for a `start` of another architecture or survey.
     """
     check_start(start, "linear", survey)
-    train = simulate(catalogue, survey, n_train, 4, centring, seed, "train")
-    watched = simulate(catalogue, survey, n_validation, 4, centring, seed, "validation")
+    if learning_rate is None:
+        # Half of it spares what is known; bias is taught at a fraction anyway.
+        learning_rate = LINEAR_RATE / 2 if start and epochs else LINEAR_RATE
+    train, watched = _both(catalogue, survey, 4, n_train, n_validation, centring, seed)
     network = _begin_linear(catalogue, survey, n_train, seed, start, components)
-    model, units = side_by_side(network.deblender), network.normalisation
-    code = linear.Code(network.decoder, units)
-
-    def pairs(kind: type[EncoderBatches], scenes: Scenes, **kwargs) -> EncoderBatches:
-        size = -(-batch_size // (COPIES if kind is RepeatedBatches else 1))
-        return kind(scenes, units, size, seed, code=code, **kwargs)
-
+    model, watch = side_by_side(network.deblender), _watch(network, watched)
+    swap = {"swap_neighbours": centring == "exact"}
     card = _new_card(catalogue, centring, seed, batch_size, start)
-    watch = _watch(network, watched)
     few = -(-epochs // CALIBRATION) if calibration is None else calibration
     stages = (
-        ("deblender", EncoderBatches, latent_likelihood, epochs, learning_rate),
-        ("calibration", RepeatedBatches, calibration_loss, few, learning_rate * GENTLY),
+        ("deblender", EncoderBatches, 1, latent_likelihood, epochs, 1),
+        ("calibration", RepeatedBatches, COPIES, calibration_loss, few, GENTLY),
     )
-    for stage, kind, loss, n, rate in stages:
+    for stage, kind, copies, loss, n, gently in stages:
         if not n:
             continue
-        batches = pairs(kind, train, swap_neighbours=centring == "exact")
-        watch_over = pairs(kind, watched, augment=False)
-        place = folder and folder / stage
-        seen = _judge(watch, model, watch_over, loss)
-        history = fit(model, batches, watch_over, n, rate, loss, place, seen)
-        card["images_seen"][stage] = history.images_seen
-        card[stage] = _summary(history, n_train, n, rate)
+        setting = {"batch_size": -(-batch_size // copies), "seed": seed}
+        setting |= {"normalisation": network.normalisation, "code": _code(network)}
+        pair = kind(train, **setting, **swap), kind(watched, **setting, augment=False)
+        rest = {"folder": folder, "watch": _judge(watch, model, pair[1], loss)}
+        _stage(card, stage, model, pair, n, learning_rate * gently, loss, **rest)
     card["correlation"] = {"scenes": min(n_train, CORRELATED), "seed": seed}
     correlation = correlate(network, train.take(slice(CORRELATED)))
     return replace(network, card=card, correlation=correlation)
+
+
+def _code(network: Network) -> linear.Code:
+    return linear.Code(network.decoder, network.normalisation)
+
+
+def _both(
+    catalogue: Catalogue,
+    survey: Survey,
+    most: int,
+    n_train: int,
+    n_validation: int,
+    centring: str,
+    seed: int,
+) -> tuple[Scenes, Scenes]:
+    """Scenes of one to `most` galaxies, of the training and of its validation."""
+    rest = most, centring, seed
+    train = simulate(catalogue, survey, n_train, *rest, "train")
+    return train, simulate(catalogue, survey, n_validation, *rest, "validation")
+
+
+def _stage(
+    card: dict,
+    name: str,
+    model: keras.Model,
+    pair: tuple[Batches, Batches],
+    epochs: int,
+    learning_rate: float = LEARNING_RATE,
+    loss: Callable = cross_entropy,
+    folder: Path | None = None,
+    watch: Watch | None = None,
+) -> None:
+    """Fit a model on batches and those that watch over it; its card says how."""
+    place = folder and folder / name
+    history = fit(model, *pair, epochs, learning_rate, loss, place, watch)
+    card["images_seen"][name] = history.images_seen
+    card[name] = {
+        "scenes": len(pair[0].scenes),
+        "epochs": epochs,
+        "images_seen": history.images_seen,
+        "schedule": f"Adam {learning_rate:g}, warm-up, cosine decay to zero",
+        "seconds": round(history.seconds),
+        "curve": history.curve,
+    }
 
 
 def _watch(network: Network, scenes: Scenes) -> Watch:
@@ -298,12 +305,11 @@ def _judge(
 
 def correlate(network: Network, scenes: Scenes) -> linear.Correlation:
     """How the errors of a linear network on some blends go together."""
-    code = linear.Code(network.decoder, network.normalisation)
-    errors, flux = [], []
+    code, errors, flux = _code(network), [], []
     for part in scenes.batches():
         said = network.deblend(part.noisy)
         errors.append((code(part.target) - said.latent_mean) / said.latent_width)
-        flux.append(linear.brightness(said.image, network.survey))
+        flux.append(linear.reference_flux(said.image, network.survey))
     correlation = linear.Correlation()
     correlation.set_weights(
         linear.fit_correlation(np.concatenate(errors), np.concatenate(flux))
@@ -400,15 +406,4 @@ def _describe(catalogue: Catalogue) -> dict[str, str | bool]:
         "name": catalogue.name,
         "real": catalogue.real,
         "sha256": catalogue.digest,
-    }
-
-
-def _summary(history: History, n_train: int, epochs: int, learning_rate: float) -> dict:
-    return {
-        "scenes": n_train,
-        "epochs": epochs,
-        "images_seen": history.images_seen,
-        "schedule": f"Adam {learning_rate:g}, warm-up, cosine decay to zero",
-        "seconds": round(history.seconds),
-        "curve": history.curve,
     }

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 # `encoder` is that of the VAE, `correlation` of the errors of a linear deblender.
 PARTS = ("decoder", "encoder", "deblender", "correlation")
-ARCHITECTURES = ("paper", "linear")
 SIDES = (1, 2, 4, 8)  # as it is; and turned by 90 degrees; by all four; and mirrored
 CARD = "card.json"
 ALIKE = ("survey", "centring", "architecture", "catalogue")  # of trainings in a row
@@ -87,7 +86,7 @@ class Network:
     @property
     def architecture(self) -> str:
         """`"paper"`, of section 3, or `"linear"`, of `deblender.linear`."""
-        return ARCHITECTURES[isinstance(self.normalisation, NoiseUnits)]
+        return "linear" if isinstance(self.normalisation, NoiseUnits) else "paper"
 
     @property
     def trainings(self) -> list[dict]:
@@ -141,15 +140,13 @@ class Network:
             raise ValueError("this network holds a VAE only; train a deblender on it")
         return self._pass("deblender", noisy, n_samples, seed, client)
 
-    def reconstruct(
-        self, noisy: np.ndarray, n_samples: int = 0, seed: int = 0
-    ) -> Result:
+    def reconstruct(self, noisy: np.ndarray) -> Result:
         """Denoise isolated galaxies with the VAE (section 3.2); as `deblend`.
 
         Without a VAE it is the deblender that sees them.
         """
         part = "encoder" if self.encoder else "deblender"
-        return self._pass(part, noisy, n_samples, seed, None)
+        return self._pass(part, noisy, 0, 0, None)
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
         """Latent vectors (n, latent) to images (n, y, x, band) in electrons."""
@@ -226,7 +223,7 @@ def _apply(
     image /= network.sides
     if len(draws):
         if network.correlation is not None:
-            flux = linear.brightness(image, network.survey)
+            flux = linear.reference_flux(image, network.survey)
             draws = network.correlation.tie(draws, flux)
         flat = (mean + width * draws).reshape(-1, mean.shape[-1])
         samples = network.decode(flat).reshape(len(draws), *noisy.shape)
@@ -447,15 +444,24 @@ def _fill(variables: list[keras.Variable], folder: Path, part: dict) -> None:
             f"accepted: {part['sha256'][:12]}, as its {CARD} says"
         )
     stored = parse_safetensors(content)
-    values = [stored.get(key) for key in _keys(variables)]
-    shapes = [None if v is None else v.shape for v in values]
-    expected = [tuple(v.shape) for v in variables]
-    if shapes != expected:
+    _assign(variables, [stored.get(key) for key in _keys(variables)], file)
+
+
+def _assign(variables: list[keras.Variable], values: list, file: Path) -> None:
+    """Assign what a file holds for variables, or name the first that does not fit."""
+    if len(values) != len(variables):
         raise ValueError(
-            f"weights {file} have shapes {shapes[:3]}...; accepted: {expected[:3]}..."
+            f"{file} holds {len(values)} variables; accepted: {len(variables)}"
         )
+    for number, (variable, value) in enumerate(zip(variables, values, strict=True)):
+        found = None if value is None else value.shape
+        if found != tuple(variable.shape):
+            raise ValueError(
+                f"{file} holds shape {found} for variable {number}, {variable.name}; "
+                f"accepted: {tuple(variable.shape)}"
+            )
     for variable, value in zip(variables, values, strict=True):
-        variable.assign(value.astype(np.float32))
+        variable.assign(value.astype(variable.dtype))
 
 
 def dump_variables(variables: list[keras.Variable], state: dict) -> bytes:
@@ -469,17 +475,11 @@ def dump_variables(variables: list[keras.Variable], state: dict) -> bytes:
 def fill_variables(variables: list[keras.Variable], file: Path) -> None:
     """Assign what `dump_variables` wrote to variables.
 
-    Raises ValueError if `file` holds variables of other shapes.
+    Raises ValueError if `file` holds other variables, or of other shapes.
     """
     with safe_open(file, "np") as content:
         values = [content.get_tensor(key) for key in sorted(content.keys())]
-    if [v.shape for v in values] != [tuple(v.shape) for v in variables]:
-        raise ValueError(
-            f"{file} holds {len(values)} variables of another model; accepted: "
-            f"{len(variables)} of this one"
-        )
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
+    _assign(variables, values, file)
 
 
 def dumped_state(file: Path) -> dict:
