@@ -151,9 +151,11 @@ def test_bright_targets_come_nearer_to_the_truth(network, moments, bright):
         for name, images in (
             ("encoder", network.deblend(bright.noisy).image),
             ("fit", joint.refine(network, bright, moments)),
+            ("general", joint.refine(network, bright, moments, encoder=False)),
         )
     }
     assert np.median(off["fit"] / off["encoder"]) < 0.8
+    assert 1 < np.median(off["general"] / off["fit"]) < 5
 
 
 def test_other_cameras_and_networks_are_refused(network, known, moments, synthetic):

@@ -1,7 +1,6 @@
 """Batches of training pairs, composed on the fly from unit-flux stamps."""
 
 from collections.abc import Callable
-from functools import cached_property
 
 import keras
 import numpy as np
@@ -60,14 +59,11 @@ class Batches(keras.utils.PyDataset):
         slots = range(1, int(scenes.counts.max(initial=1)))
         rows = [scenes.neighbour_rows(slot) for slot in slots]
         self.neighbours = np.array(rows, dtype=int).reshape(len(rows), len(scenes))
+        # Of its own for validation, which should not know the noise of the training.
+        rng = np.random.default_rng([seed, BANK, augment])
+        self.bank = rng.standard_normal(NOISE_BANK, np.float32)
         self.epoch = 0
         self._begin()
-
-    @cached_property
-    def bank(self) -> np.ndarray:
-        """Normal numbers, of its own for validation, which should see other noise."""
-        rng = np.random.default_rng([self.seed, BANK, self.augment])
-        return rng.standard_normal(NOISE_BANK, np.float32)
 
     def _begin(self) -> None:
         rng = np.random.default_rng([self.seed, ORDER, self.epoch])

@@ -66,7 +66,7 @@ def lengthening(
     across, as wide as those of the outputs in its bin of SNR, half the distance of
     their 16th and 84th percentiles, or, where `sigma` (scene, along/across) is given,
     of that standard deviation, such as a bound of `cramer_rao`. NaN is left out, and
-    is all there is without ten galaxies in some bin. Table of `evaluate`.
+    returned if no bin has ten galaxies. Table of `evaluate`.
     """
     columns = _columns(table)
     pairs, bins = _own_frame(columns["pairs"]), _snr_bins(columns["snr"])

@@ -202,7 +202,7 @@ def fit(
     optimiser = _adam(epochs * len(batches), learning_rate, loss)
     setting = _setting(batches, validation, epochs, learning_rate, loss)
     recorder, fed = Recorder(batches, epochs, watch), batches
-    if bool(accelerators()) and composes(batches):
+    if accelerators() and composes(batches):
         model, fed, loss = OnDevice(model, batches, loss), UnitBatches(batches), None
         validation = validation and UnitBatches(validation)
     model.compile(optimiser, loss=loss)

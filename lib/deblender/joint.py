@@ -9,6 +9,7 @@ of the target is the prior of its latent vector.
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from . import linear
@@ -38,7 +39,7 @@ def second_moments(network: Network, scenes: Scenes) -> np.ndarray:
 def refine(
     network: Network, scenes: Scenes, moments: np.ndarray, encoder: bool = True
 ) -> np.ndarray:
-    """Deblend, then fit target and neighbours together, the latter's true places given.
+    """Fit target and neighbours together, the true places of the latter given.
 
     The target's latent vector has what the network says for prior, that of a neighbour
     a normal one of mean zero and of its squared brightness times `moments` (see
@@ -48,7 +49,8 @@ def refine(
     fitted as its neighbours are. Chapter 7, eq. (eq-joint).
     Returns (scene, y, x, band), electrons.
 
-    Raises ValueError for scenes of several cameras, or a network that is not linear.
+    Raises ValueError for scenes of several cameras, or a network that is not linear or
+    does not know how its errors go together.
     """
     _check(network)
     survey = scenes.survey
@@ -64,12 +66,14 @@ def refine(
     latent = []
     said = _said(network, scenes) if encoder else _nothing_said(scenes)
     known = zip(scenes.places, said, strict=True)
-    for places, (stamp, prior) in tqdm(known, "refining", len(scenes)):
-        moved = [draw(*shift) for shift in places[1:] - STAMP_CENTRE]
-        data = stamp.ravel() / noise
-        design = np.concatenate([target, *moved])
-        fitted = fit_latent(design, data, noise, prior, neighbour, gauge)
-        latent.append(fitted[0])
+    # Threads that share so small matrices mostly wait for one another.
+    with threadpool_limits(1, "blas"):
+        for places, (stamp, prior) in tqdm(known, "refining", len(scenes)):
+            moved = [draw(*shift) for shift in places[1:] - STAMP_CENTRE]
+            data = stamp.ravel() / noise
+            design = np.concatenate([target, *moved])
+            fitted = fit_latent(design, data, noise, prior, neighbour, gauge)
+            latent.append(fitted[0])
     return network.decode(np.array(latent, dtype=np.float32))
 
 

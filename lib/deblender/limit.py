@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import galsim
 import numpy as np
 from astropy.table import Table
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from .catalogues import Catalogue
@@ -54,13 +55,15 @@ def cramer_rao(scenes: Scenes, galaxies: Catalogue) -> Table:
             f"received catalogue {galaxies.name!r}, whose galaxies have other "
             "magnitudes than those of the scenes; accepted: the one they were drawn of"
         )
-    rows = []
-    for i in tqdm(range(len(scenes)), desc="Fisher matrices", leave=False):
-        drawn = _differentiate(scenes, galaxies, i)
-        e = np.array([truth["e1"][i], truth["e2"][i]])
-        fisher, alone = _information(drawn, survey), _information(drawn[:1], survey)
-        bounds = [_errors(fisher, survey, e, n) for n in (0, 1, len(drawn))]
-        rows.append(np.ravel([*bounds, _errors(alone, survey, e)]))
+    rows, numbered = [], range(len(scenes))
+    # Threads that share so small matrices mostly wait for one another.
+    with threadpool_limits(1, "blas"):
+        for i in tqdm(numbered, desc="Fisher matrices", leave=False):
+            drawn = _differentiate(scenes, galaxies, i)
+            e = np.array([truth["e1"][i], truth["e2"][i]])
+            fisher, alone = _information(drawn, survey), _information(drawn[:1], survey)
+            bounds = [_errors(fisher, survey, e, n) for n in (0, 1, len(drawn))]
+            rows.append(np.ravel([*bounds, _errors(alone, survey, e)]))
     numbers = ("sigma_r", "sigma_e", "sigma_across")
     endings = ("", "_centred", "_placed", "_alone")
     names = [number + ending for ending in endings for number in numbers]

@@ -545,8 +545,6 @@ def _draw_all(
             bar.update(_keep_chunk(half, counts, *drawn))
     _merge(half, starts)
     os.replace(half, folder)
-    for start in starts:  # no sooner: who is stopped before would draw them again
-        _chunk(folder, start).unlink()
 
 
 @lru_cache(maxsize=1)
@@ -601,6 +599,8 @@ def _merge(folder: Path, starts: range) -> None:
 
 
 def _open(folder: Path, task: _Task) -> Scenes:
+    for chunk in folder.glob("chunk-*.npz"):  # merged by now, not to be drawn again
+        chunk.unlink(missing_ok=True)
     with np.load(folder / "truth.npz") as kept:
         flux, truth = kept["flux"], Table(kept["truth"])
     for name in ("r_mag", "dmag"):

@@ -195,19 +195,25 @@ def _begin(
     start = load(out / first if ours else first) if first else None
     survey_of = None if recipe.paper else survey(recipe.survey)
     check_start(start, "paper" if recipe.paper else "linear", survey_of)
-    keeps = ours and not recipe.paper  # the decoder that lies there
-    if not (keeps and first == args.name) and (others := _sharing(out, args.name)):
+    keeps = ours and not recipe.paper  # a decoder of this folder
+    shared = _shared(start, first, args.name) if keeps else {}
+    same = keeps and shared.get("decoder") in (None, _decoder_of(args.name))
+    if not same and (others := _sharing(out, args.name)):
         raise ValueError(
             f"{', '.join(others)} in {out} would lose the decoder that {args.name!r} "
-            f"shares with them; accepted: another --out, or, but for -paper, --start "
-            f"{args.name}"
+            f"shares with them; accepted: another --out, or --start {args.name}"
         )
-    return start, _shared(start, first, args.name) if keeps and recipe.start else {}
+    return start, shared if recipe.start else {}
+
+
+def _decoder_of(name: str) -> str:
+    """Where a network beside the one called `name` finds its decoder."""
+    return f"../{name}/decoder.safetensors"
 
 
 def _sharing(out: Path, name: str) -> list[str]:
     """Networks in a folder whose decoder lies with the one called `name`."""
-    file = f"../{name}/decoder.safetensors"
+    file = _decoder_of(name)
     cards = {n: json.loads((out / n / CARD).read_text()) for n in available(out)}
     return [n for n, card in cards.items() if card["parts"]["decoder"]["file"] == file]
 
