@@ -105,7 +105,7 @@ def test_too_few_galaxies_have_no_lengthening(table):
     assert np.isnan(lengthening(table[:5], np.random.default_rng(7)))
 
 
-def test_no_scatter_lengthens_nothing_whatever_the_mean_error(table):
+def test_no_scatter_lengthens_nothing_whatever_the_error_of_all_lengths(table):
     shifted = table.copy()
     length = np.hypot(shifted["e1_in"], shifted["e2_in"])
     for component in ("e1", "e2"):

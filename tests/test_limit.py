@@ -70,6 +70,7 @@ def test_neighbours_only_take_information_and_places_give_some_back(bound, blend
         assert (told[0] >= told[3] * (1 - 1e-6)).all()
         np.testing.assert_allclose(told[0][lonely], told[3][lonely])
         np.testing.assert_allclose(told[1][lonely], told[2][lonely])
+        assert (told[0] > 1.05 * told[3]).any()
         for k in range(3):
             assert (told[k] > 1.02 * told[k + 1]).any()
     assert (bound["sigma_r_alone"] >= 0.99 * MAGNITUDES / blends.truth["snr"]).all()

@@ -11,8 +11,8 @@ from .measurement import (
     SNR_RANGE,
     bootstrap,
     in_snr_range,
+    mean_slope,
     percentiles,
-    regression,
 )
 
 SNR_BINS = 10
@@ -136,9 +136,7 @@ def _columns(table: Table) -> dict[str, np.ndarray]:
 
 
 def _statistics(columns: dict[str, np.ndarray]) -> dict[str, float]:
-    pairs = columns["pairs"]
-    pairs = pairs[np.isfinite(pairs).all(axis=(1, 2))]
-    found = {"slope": regression(pairs)[2] if len(pairs) >= MIN_SCENES else np.nan}
+    found = {"slope": mean_slope(columns["pairs"])}
     bins = _snr_bins(columns["snr"])
     hard_low, hard_high = HARD_BLENDS
     hard = (columns["b_closest"] >= hard_low) & (columns["b_closest"] < hard_high)

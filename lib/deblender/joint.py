@@ -31,8 +31,7 @@ def second_moments(network: Network, scenes: Scenes) -> np.ndarray:
     Raises ValueError for a network that is not linear.
     """
     _check(network)
-    code = linear.Code(network.decoder, network.normalisation)
-    vectors = code.of_all_sides(scenes).astype(float)
+    vectors = network.code.of_all_sides(scenes).astype(float)
     return vectors.T @ vectors / len(vectors)
 
 
@@ -130,7 +129,7 @@ def _said(network: Network, scenes: Scenes) -> Iterator[tuple[np.ndarray, tuple]
     The mean is that of all sides from which the network looks, the covariance, of its
     errors, that of one.
     """
-    code = linear.Code(network.decoder, network.normalisation)
+    code = network.code
     for part in scenes.batches():
         said = network.deblend(part.noisy)
         flux = linear.reference_flux(said.image, network.survey)

@@ -308,6 +308,15 @@ def ellipticity_bias(
     }
 
 
+def mean_slope(pairs: np.ndarray) -> float:
+    """The value of `alpha` of `ellipticity_bias` alone, without its bootstrap.
+
+    `pairs` (scene, in/out, component); NaN is left out, and returned for under ten.
+    """
+    good = pairs[np.isfinite(pairs).all(axis=(1, 2))]
+    return float(regression(good)[2]) if len(good) >= MIN_SCENES else np.nan
+
+
 def binned_ellipticity_bias(
     x: np.ndarray,
     e_in: np.ndarray,

@@ -17,13 +17,7 @@ from tqdm import tqdm
 
 from .evaluation import compare, ellipticity_pairs
 from .files import data_folder
-from .measurement import (
-    MIN_SCENES,
-    bootstrap,
-    in_snr_range,
-    percentiles,
-    regression,
-)
+from .measurement import bootstrap, in_snr_range, mean_slope, percentiles
 from .simulation import MATCH_RADIUS, Scenes
 
 OUTLIER = 0.5  # magnitudes off in r, beyond which a galaxy counts as lost
@@ -330,8 +324,7 @@ def summary(table: Table) -> dict[str, float]:
         p16, median, p84 = percentiles(table[name])
         found |= {f"median_{name}": median, f"sigma_{name}": (p84 - p16) / 2}
     pairs = np.stack(ellipticity_pairs(table), axis=1)  # (scene, in/out, component)
-    pairs = pairs[np.isfinite(pairs).all(axis=(1, 2))]
-    found["slope"] = regression(pairs)[2] if len(pairs) >= MIN_SCENES else np.nan
+    found["slope"] = mean_slope(pairs)
     found |= {name: np.nanmedian(table[name]) for name in ("ssim", "cosine")}
     found["outliers"] = 1 - np.mean(np.abs(table["dr"]) < OUTLIER)
     found["failed"] = 1 - np.mean(np.isfinite(table["dr"]) & np.isfinite(table["de"]))

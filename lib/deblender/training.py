@@ -211,17 +211,13 @@ def train_linear(
         if not n:
             continue
         setting = {"batch_size": -(-batch_size // copies), "seed": seed}
-        setting |= {"normalisation": network.normalisation, "code": _code(network)}
+        setting |= {"normalisation": network.normalisation, "code": network.code}
         pair = kind(train, **setting, **swap), kind(watched, **setting, augment=False)
         rest = {"folder": folder, "watch": _judge(watch, model, pair[1], loss)}
         _stage(card, stage, model, pair, n, learning_rate * gently, loss, **rest)
     card["correlation"] = {"scenes": min(n_train, CORRELATED), "seed": seed}
     correlation = correlate(network, train.take(slice(CORRELATED)))
     return replace(network, card=card, correlation=correlation)
-
-
-def _code(network: Network) -> linear.Code:
-    return linear.Code(network.decoder, network.normalisation)
 
 
 def _both(
@@ -305,7 +301,7 @@ def _judge(
 
 def correlate(network: Network, scenes: Scenes) -> linear.Correlation:
     """How the errors of a linear network on some blends go together."""
-    code, errors, flux = _code(network), [], []
+    code, errors, flux = network.code, [], []
     for part in scenes.batches():
         said = network.deblend(part.noisy)
         errors.append((code(part.target) - said.latent_mean) / said.latent_width)

@@ -89,6 +89,11 @@ class Network:
         return "linear" if isinstance(self.normalisation, NoiseUnits) else "paper"
 
     @property
+    def code(self) -> linear.Code:
+        """Noiseless stamps to latent vectors, of a linear network."""
+        return linear.Code(self.decoder, self.normalisation)
+
+    @property
     def trainings(self) -> list[dict]:
         """Cards of the trainings that made it, the last its own.
 
