@@ -82,22 +82,23 @@ def test_nothing_keeps_the_neighbours(blends):
     assert np.nanmedian(table["dr"][hard]) < -0.1  # too bright
 
 
-@pytest.mark.parametrize("aperture", [False, True])
-def test_sep_measures_isolated_galaxies(bright, aperture):
-    answer = peers.sep(bright, aperture)
+@pytest.mark.parametrize("flux", peers.EXTRACTIONS)
+def test_sep_measures_isolated_galaxies(bright, flux):
+    answer = peers.sep(bright, **peers.EXTRACTIONS[flux])
     assert (answer.seconds > 0).all()
     table = peers.score(answer, bright)
     assert np.isfinite(table["dr"]).all()
     # Apertures end before the light does: too faint, by no more than a third.
     assert 0 < np.median(table["dr"]) < 0.35
     assert np.median(np.abs(table["dgr"])) < 0.1
-    if not aperture:
+    if flux == "isophotal":
         assert (answer.images == 0).all(axis=3).mean() > 0.5  # all but a galaxy
 
 
 def test_sep_finds_nothing_in_empty_stamps(bright):
     few = bright.take(np.arange(3))
-    answer = peers.sep(replace(few, flux=np.zeros_like(few.flux)), threshold=5.0)
+    settings = peers.EXTRACTIONS["isophotal"] | {"threshold": 5.0}
+    answer = peers.sep(replace(few, flux=np.zeros_like(few.flux)), **settings)
     assert np.isnan(answer.flux).all() and np.isnan(answer.images).all()
     assert np.isfinite(answer.seconds).all()
 
@@ -105,7 +106,7 @@ def test_sep_finds_nothing_in_empty_stamps(bright):
 def test_cameras_of_other_pixels_are_refused(synthetic):
     scenes = deblender.simulate(synthetic, deblender.survey("lsst+euclid"), 2, seed=5)
     with pytest.raises(ValueError, match="'lsst.euclid'; accepted: of one camera"):
-        peers.sep(scenes)
+        peers.sep(scenes, **peers.EXTRACTIONS["isophotal"])
 
 
 def scattered(rng, n=400, width=0.1):

@@ -27,6 +27,11 @@ FITS = {
     "prior": {"size": 31, "steps": 1000, "settle": True},
     "pixels": {"size": 21, "steps": 300, "settle": False},
 }
+# What `sep` takes for each kind of flux, from a search of the same kind.
+EXTRACTIONS = {
+    "isophotal": {"aperture": False, "threshold": 1.0, "contrast": 5e-4},
+    "aperture": {"aperture": True, "threshold": 1.5, "contrast": 5e-4},
+}
 STRIDE = 0.05  # the first step of a parameter of a fit
 TEMPERATURE = 0.1  # of the neural prior
 BOXES = (15, 21, 31, 41, 61)  # pixels, that images may take
@@ -84,18 +89,14 @@ def nothing(scenes: Scenes) -> Answer:
     return Answer.of(scenes.noisy)
 
 
-def sep(
-    scenes: Scenes,
-    aperture: bool = False,
-    threshold: float = 1.5,
-    contrast: float = 0.005,
-) -> Answer:
+def sep(scenes: Scenes, aperture: bool, threshold: float, contrast: float) -> Answer:
     """Detect, deblend and measure with SEP, the library of SExtractor.
 
     Detection in r, `threshold` times the noise of the sky; `contrast` is SExtractor's
     DEBLEND_MINCONT. The target is the object nearest to its true place. Its flux is
     that of its pixels in the segmentation map, or, with `aperture`, that inside Kron's
-    ellipse, neighbours masked out. Barbary 2016; Bertin & Arnouts 1996.
+    ellipse, neighbours masked out. EXTRACTIONS has the best settings. Barbary 2016;
+    Bertin & Arnouts 1996.
 
     Raises ValueError for scenes of several cameras.
     """
