@@ -311,6 +311,7 @@ def training() -> dict:
 def deblending() -> dict:
     """Stamps a second from electrons to shapes and magnitudes, LSST.
 
+    `compiling` is scarlet2's share of a fit that goes by before the second step.
     `network` is the bare `predict` of encoder and decoder, `deblend` that of the
     library, `book` the same with measurements, as peers have them. `scarlet2` fits
     Sersic profiles until they settle, and `scarlet2_*` the other morphologies; what it
@@ -333,6 +334,15 @@ def deblending() -> dict:
     def fitted(morphology: str) -> float:
         return peer(peers.scarlet2(fewer, morphology, **peers.FITS[morphology]))
 
+    def compiled() -> float:
+        """Share of the time of a fit of Sersic profiles that its first step takes."""
+        fits = peers.FITS["sersic"]
+        first, whole = (
+            peers.scarlet2(fewer, "sersic", **fits | {"steps": steps}).seconds.sum()
+            for steps in (1, fits["steps"])
+        )
+        return first / whole
+
     def peer(answer: peers.Answer) -> float:
         images = np.nan_to_num(answer.images)
         measuring = len(images) / rate(
@@ -353,6 +363,7 @@ def deblending() -> dict:
         scarlet2_pixels=lambda i: fitted("pixels"),
     )
     of_network = rates["deblend"] / rates["network"]
+    rates["compiling"] = compiled()
     over = {f"over_{name}": rates["book"] / rates[name] for name in ("scarlet2", "sep")}
     return rates | over | {"of_network": of_network}
 
@@ -447,16 +458,19 @@ def book() -> dict:
         return found | {"prose": build()}
 
 
-SECTIONS = (
-    simulation,
-    chromatic,
-    profile,
-    scaling,
-    training,
-    deblending,
-    memory,
-    book,
-)
+SECTIONS = {
+    section.__name__: section
+    for section in (
+        simulation,
+        chromatic,
+        profile,
+        scaling,
+        training,
+        deblending,
+        memory,
+        book,
+    )
+}
 
 
 def setting() -> dict[str, str | int]:
@@ -476,25 +490,33 @@ def setting() -> dict[str, str | int]:
     } | {package: version(package) for package in packages}
 
 
-def main(names: list[str]) -> None:
-    """Measure the named sections, or all, and keep what earlier runs measured."""
-    known = {section.__name__: section for section in SECTIONS}
-    if unknown := sorted(set(names) - known.keys()):
-        sys.exit(f"unknown section {unknown}; accepted: {', '.join(known)}")
-    file = ROOT / "build" / "metrics" / "bench.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
+def measure(name: str, file: Path) -> None:
+    """Measure one section, and keep it beside what earlier runs measured."""
     results = json.loads(file.read_text()) if file.is_file() else {}
-    results.setdefault("measured", {})
     with tempfile.TemporaryDirectory() as cache:
         deblender.catalogue("synthetic")  # drawn before the clock starts
         for drawn in cache_folder().glob("synthetic-*"):
             (Path(cache) / drawn.name).symlink_to(drawn)
         os.environ["DEBLENDER_CACHE"] = cache  # so that every scene is drawn anew
-        for name in names or known:
-            print(name, flush=True)
-            results[name] = known[name]()
-            results["measured"][name] = setting()
-            write_whole(file, json.dumps(results, indent=2).encode())
+        results[name] = SECTIONS[name]()
+    results.setdefault("measured", {})[name] = setting()
+    write_whole(file, json.dumps(results, indent=2).encode())
+
+
+def main(names: list[str]) -> None:
+    """Measure the named sections, or all, each in a process of its own.
+
+    What one leaves behind, threads or memory, so does not slow another down.
+    """
+    if unknown := sorted(set(names) - SECTIONS.keys()):
+        sys.exit(f"unknown section {unknown}; accepted: {', '.join(SECTIONS)}")
+    file = ROOT / "build" / "metrics" / "bench.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if len(names) == 1:
+        return measure(*names, file)
+    for name in names or SECTIONS:
+        print(name, flush=True)
+        subprocess.run([sys.executable, __file__, name], check=True)
     print(f"results are in {file}")
 
 
