@@ -34,6 +34,9 @@ EXTRACTIONS = {
 }
 STRIDE = 0.05  # the first step of a parameter of a fit
 TEMPERATURE = 0.1  # of the neural prior
+# Within which a fit keeps a Sersic profile: wider than the galaxies of this book.
+INDICES = (0.4, 6.2)
+RADII = (0.2, 40.0)  # half-light, in pixels
 BOXES = (15, 21, 31, 41, 61)  # pixels, that images may take
 # Each scene compiles functions of its own; after some hundreds the process would die.
 COMPILED = 25
@@ -266,8 +269,8 @@ def _free(source, morphology: str, settle: bool) -> Iterator[tuple[str, dict]]:
     yield "spectrum", free(source.spectrum, constraints.positive, brightness)
     shape, between = source.morphology, constraints.interval
     if morphology == "sersic":
-        yield "n", free(shape.n, between(0.4, 5.0))
-        yield "size", free(shape.size, between(0.2, 12.0))
+        yield "n", free(shape.n, between(*INDICES))
+        yield "size", free(shape.size, between(*RADII))
         yield "e", free(shape.ellipticity, unit_disk)
     elif morphology == "prior":
         prior = _galaxies_of_hsc(max(shape.shape))
@@ -355,6 +358,8 @@ def summary_errors(
 def settings(morphology: str) -> str:
     """What decides how `scarlet2` fits a morphology, as its results name it."""
     chosen = FITS[morphology] | {"stride": STRIDE}
+    if morphology == "sersic":
+        chosen |= {"indices": INDICES, "radii": RADII}
     if morphology == "prior":
         chosen |= {"temperature": TEMPERATURE}
     return ", ".join(f"{name} {value}" for name, value in chosen.items())
