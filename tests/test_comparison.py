@@ -7,6 +7,7 @@ from astropy.table import Table
 from deblender.comparison import (
     SNR_BINS,
     Interval,
+    changes,
     intervals,
     lengthening,
     relative_shear_biases,
@@ -121,6 +122,23 @@ def test_interval_of_a_median_has_the_error_of_a_median(table):
     assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.4)
     assert found.low <= found.value <= found.high
     assert f"{Interval(1, 0.5, 2):.1f}" == "1.0 [0.5, 2.0]"
+
+
+def test_changes_are_those_of_the_same_targets(table):
+    """Errors that all shrink alike leave no doubt of the change, however few."""
+    other, rng = table[:500], np.random.default_rng(8)
+    one = other.copy()
+    one["de"] *= -0.6
+    found = changes(one, other, rng)
+    for name in ("median_de", "binned_de", "hard_de"):
+        change = found[name]
+        assert (change.low, change.value, change.high) == pytest.approx((-0.4,) * 3)
+    assert found["slope"].value == found["sigma_dr"].value == 0
+    one["dr"] = rng.permutation(one["dr"])  # as if of other targets
+    shuffled = changes(one, other, rng)["sigma_dr"]
+    assert shuffled.high - shuffled.low > 0.03
+    fewer = changes(one[:300], other, rng)["median_de"]  # of other targets, too
+    assert fewer.low < -0.4 < fewer.high
 
 
 def test_shear_biases_added_to_those_of_the_target_come_back():

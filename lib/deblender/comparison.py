@@ -47,13 +47,31 @@ def statistics(table: Table) -> dict[str, float]:
 
 def intervals(table: Table, rng: np.random.Generator) -> dict[str, Interval]:
     """The numbers of `statistics`, each with its bootstrap interval."""
+    return {name: _interval(drawn) for name, drawn in _draws(table, rng).items()}
+
+
+def changes(one: Table, other: Table, rng: np.random.Generator) -> dict[str, Interval]:
+    """By how much the numbers of `one` differ from those of `other`, relatively.
+
+    Of absolute values: -0.4 where that of `one` is 40 % smaller. Tables of `evaluate`;
+    those of the same targets, in the same order, are bootstrapped together.
+    """
+    seed = rng.integers(2**32)  # the same rows of both, if they are as long
+    new, old = (_draws(table, np.random.default_rng(seed)) for table in (one, other))
+    return {k: _interval(np.abs(new[k]) / np.abs(old[k]) - 1) for k in new}
+
+
+def _draws(table: Table, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """The numbers of `statistics`, first of all rows, then of rows drawn at random."""
     columns = _columns(table)
-    value, n = _statistics(columns), len(columns["snr"])
-    draws = bootstrap(
-        lambda rows: _statistics({k: v[rows] for k, v in columns.items()}), n, rng
-    )
-    ends = {k: _percentiles(np.array([d[k] for d in draws])) for k in value}
-    return {k: Interval(value[k], float(ends[k][0]), float(ends[k][2])) for k in value}
+    drawn = bootstrap(lambda rows: _statistics(columns, rows), len(table), rng)
+    drawn.insert(0, _statistics(columns))
+    return {name: np.array([each[name] for each in drawn]) for name in drawn[0]}
+
+
+def _interval(drawn: np.ndarray) -> Interval:
+    low, _, high = _percentiles(drawn[1:])
+    return Interval(float(drawn[0]), float(low), float(high))
 
 
 def lengthening(
@@ -68,12 +86,13 @@ def lengthening(
     of that standard deviation, such as a bound of `cramer_rao`. NaN is left out, and
     returned if no bin has ten galaxies. Table of `evaluate`.
     """
-    columns = _columns(table)
+    inside = in_snr_range(table["snr"])
+    columns = {name: column[inside] for name, column in _columns(table).items()}
     pairs, bins = _own_frame(columns["pairs"]), _snr_bins(columns["snr"])
     if sigma is None:
         widths = _widths(pairs, bins)
     else:
-        widths = np.asarray(sigma)[in_snr_range(table["snr"])]
+        widths = np.asarray(sigma)[inside]
     finite = np.isfinite(pairs).all(axis=(1, 2)) & np.isfinite(widths).all(axis=1)
     medians = []
     for i in range(1, SNR_BINS + 1):
@@ -126,8 +145,7 @@ def relative_shear_biases(
 
 
 def _columns(table: Table) -> dict[str, np.ndarray]:
-    """What the statistics need, of galaxies in the range of SNR."""
-    table = table[in_snr_range(table["snr"])]
+    """What the statistics need."""
     names = ("snr", "de", "dr", "b_closest")
     columns = {name: np.asarray(table[name], dtype=float) for name in names}
     columns["de1"] = np.asarray(table["e1_out"] - table["e1_in"], dtype=float)
@@ -135,7 +153,13 @@ def _columns(table: Table) -> dict[str, np.ndarray]:
     return columns | {"pairs": np.asarray(pairs, dtype=float)}
 
 
-def _statistics(columns: dict[str, np.ndarray]) -> dict[str, float]:
+def _statistics(
+    columns: dict[str, np.ndarray], rows: np.ndarray | slice = slice(None)
+) -> dict[str, float]:
+    """Of those of the rows that are in the range of SNR."""
+    columns = {name: column[rows] for name, column in columns.items()}
+    inside = in_snr_range(columns["snr"])
+    columns = {name: column[inside] for name, column in columns.items()}
     found = {"slope": mean_slope(columns["pairs"])}
     bins = _snr_bins(columns["snr"])
     hard_low, hard_high = HARD_BLENDS
