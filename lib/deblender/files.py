@@ -32,7 +32,10 @@ def write_together(folder: Path, contents: dict[str, bytes]) -> None:
     """Write files into a folder, none of them before all are on the disk."""
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
         for name, content in contents.items():
-            (Path(scratch) / name).write_bytes(content)
+            with (Path(scratch) / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # else a crash may leave the name and no bytes
         for name in contents:
             os.replace(Path(scratch) / name, folder / name)
 
