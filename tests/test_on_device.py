@@ -168,6 +168,36 @@ def test_training_on_the_device(kind, scenes, decoder, monkeypatch, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax" or len(on_device.devices()) < 2,
+    reason="only JAX shares batches; XLA_FLAGS can give it two devices of a processor",
+)
+@pytest.mark.parametrize("composed_by", ["host", "device"])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_devices_that_share_batches_learn_what_one_learns(
+    kind, composed_by, scenes, decoder, monkeypatch
+):
+    def train(devices):
+        parallel = keras.distribution.DataParallel(devices=devices)
+        with parallel.scope():
+            keras.utils.set_random_seed(1)
+            there = linear.decoder(scenes.survey)  # on these devices
+            there.set_weights(decoder.get_weights())
+            model = model_of(scenes, there)
+            training = batches_of(kind, scenes, there)
+            history = fitting.fit(model, training, None, 2, 1e-3, LOSSES[kind])
+        return model.weights, history.curve["loss"]
+
+    if composed_by == "device":
+        monkeypatch.setattr(fitting, "accelerators", lambda: 1)
+    (alone, losses), (shared, same) = train(["cpu:0"]), train(["cpu:0", "cpu:1"])
+    assert {len(w.value.sharding.device_set) for w in alone} == {1}
+    assert {len(w.value.sharding.device_set) for w in shared} == {2}
+    np.testing.assert_allclose(same, losses, rtol=1e-3)
+    for one, two in zip(alone, shared, strict=True):
+        np.testing.assert_allclose(one.numpy(), two.numpy(), atol=2e-3)
+
+
 def test_a_training_does_not_change_who_composes(
     scenes, decoder, monkeypatch, tmp_path
 ):
