@@ -501,6 +501,7 @@ def measure(name: str, file: Path) -> None:
         results[name] = SECTIONS[name]()
     results.setdefault("measured", {})[name] = setting()
     write_whole(file, json.dumps(results, indent=2).encode())
+    print(f"{name} is in {file}", flush=True)
 
 
 def main(names: list[str]) -> None:
@@ -513,11 +514,11 @@ def main(names: list[str]) -> None:
     file = ROOT / "build" / "metrics" / "bench.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     if len(names) == 1:
-        return measure(*names, file)
-    for name in names or SECTIONS:
-        print(name, flush=True)
-        subprocess.run([sys.executable, __file__, name], check=True)
-    print(f"results are in {file}")
+        measure(*names, file)
+    else:
+        for name in names or SECTIONS:
+            print(name, flush=True)
+            subprocess.run([sys.executable, __file__, name], check=True)
 
 
 if __name__ == "__main__":

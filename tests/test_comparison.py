@@ -137,7 +137,7 @@ def test_changes_are_those_of_the_same_targets(table):
     one["dr"] = rng.permutation(one["dr"])  # as if of other targets
     shuffled = changes(one, other, rng)["sigma_dr"]
     assert shuffled.high - shuffled.low > 0.03
-    fewer = changes(one[:300], other, rng)["median_de"]  # of other targets, too
+    fewer = changes(one[:300], other, rng)["median_de"]  # of some of them
     assert fewer.low < -0.4 < fewer.high
 
 

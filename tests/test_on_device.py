@@ -169,7 +169,7 @@ def test_training_on_the_device(kind, scenes, decoder, monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(
-    keras.backend.backend() != "jax" or len(on_device.devices()) < 2,
+    keras.backend.backend() != "jax" or "cpu:1" not in on_device.devices(),
     reason="only JAX shares batches; XLA_FLAGS can give it two devices of a processor",
 )
 @pytest.mark.parametrize("composed_by", ["host", "device"])
@@ -184,18 +184,21 @@ def test_devices_that_share_batches_learn_what_one_learns(
             there = linear.decoder(scenes.survey)  # on these devices
             there.set_weights(decoder.get_weights())
             model = model_of(scenes, there)
+            begun = model.get_weights()
             training = batches_of(kind, scenes, there)
             history = fitting.fit(model, training, None, 2, 1e-3, LOSSES[kind])
-        return model.weights, history.curve["loss"]
+        moves = [w - b for w, b in zip(model.get_weights(), begun, strict=True)]
+        places = {len(w.value.sharding.device_set) for w in model.weights}
+        return moves, places, history.curve["loss"]
 
     if composed_by == "device":
         monkeypatch.setattr(fitting, "accelerators", lambda: 1)
-    (alone, losses), (shared, same) = train(["cpu:0"]), train(["cpu:0", "cpu:1"])
-    assert {len(w.value.sharding.device_set) for w in alone} == {1}
-    assert {len(w.value.sharding.device_set) for w in shared} == {2}
+    alone, where, losses = train(["cpu:0"])
+    shared, places, same = train(["cpu:0", "cpu:1"])
+    assert (where, places) == ({1}, {2})
     np.testing.assert_allclose(same, losses, rtol=1e-3)
     for one, two in zip(alone, shared, strict=True):
-        np.testing.assert_allclose(one.numpy(), two.numpy(), atol=2e-3)
+        assert np.linalg.norm(two - one) <= 0.05 * np.linalg.norm(one)
 
 
 def test_a_training_does_not_change_who_composes(

@@ -54,7 +54,8 @@ def changes(one: Table, other: Table, rng: np.random.Generator) -> dict[str, Int
     """By how much the numbers of `one` differ from those of `other`, relatively.
 
     Of absolute values: -0.4 where that of `one` is 40 % smaller. Tables of `evaluate`;
-    those of the same targets, in the same order, are bootstrapped together.
+    those of the same targets, in the same order, are bootstrapped together. The order
+    of others should be random.
     """
     seed = rng.integers(2**32)  # the same rows of both, if they are as long
     new, old = (_draws(table, np.random.default_rng(seed)) for table in (one, other))

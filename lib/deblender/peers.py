@@ -27,7 +27,7 @@ FITS = {
     "prior": {"size": 31, "steps": 1000, "settle": True},
     "pixels": {"size": 21, "steps": 300, "settle": False},
 }
-# What `sep` takes for each kind of flux, from a search of the same kind.
+# What `sep` takes for each kind of flux, chosen by another such search.
 EXTRACTIONS = {
     "isophotal": {"aperture": False, "threshold": 1.0, "contrast": 5e-4},
     "aperture": {"aperture": True, "threshold": 1.5, "contrast": 5e-4},
@@ -98,7 +98,7 @@ def sep(scenes: Scenes, aperture: bool, threshold: float, contrast: float) -> An
     Detection in r, `threshold` times the noise of the sky; `contrast` is SExtractor's
     DEBLEND_MINCONT. The target is the object nearest to its true place. Its flux is
     that of its pixels in the segmentation map, or, with `aperture`, that inside Kron's
-    ellipse, neighbours masked out. EXTRACTIONS has the best settings. Barbary 2016;
+    ellipse, neighbours masked out. EXTRACTIONS has the chosen settings. Barbary 2016;
     Bertin & Arnouts 1996.
 
     Raises ValueError for scenes of several cameras.
