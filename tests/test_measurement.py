@@ -6,6 +6,7 @@ import galsim
 import numpy as np
 import pytest
 from astropy.table import Table
+from scipy.stats import norm
 
 from deblender import measurement as m
 from deblender.surveys import STAMP_SIZE, survey
@@ -192,6 +193,20 @@ def test_bins_agree_with_numpy():
     assert bins["n"].sum() == 2970 and bins["failed"].sum() == 29
     # Standard error of the median of a Gaussian: sigma * sqrt(pi / 2n).
     np.testing.assert_allclose(bins["error"], np.sqrt(np.pi / 2 / bins["n"]), rtol=0.3)
+
+
+def test_half_widths_in_bins_and_their_errors_are_those_of_a_gaussian():
+    rng = np.random.default_rng(6)
+    x, y = rng.uniform(0, 2, 4000), rng.normal(0, 0.3, 4000)
+    y[:40] = np.nan
+    bins = m.binned_half_width(x, y, [0, 0.001, 1, 2])
+    assert bins["n"].sum() == 3960 and bins["failed"].sum() == 40
+    assert np.isnan(bins["half_width"][0]) and np.isnan(bins["error"][0])  # too few
+    np.testing.assert_allclose(bins["half_width"][1:], 0.3, rtol=0.06)
+    # Covariance of quantiles p < q: p (1 - q) / (n pdf(p) pdf(q)); here 16 and 84 %.
+    p, pdf = 0.16, norm.pdf(norm.ppf(0.16)) / 0.3
+    expected = np.sqrt((p * (1 - p) - p**2) / 2 / bins["n"][1:]) / pdf
+    np.testing.assert_allclose(bins["error"][1:], expected, rtol=0.25)
 
 
 def test_empty_and_single_bins_are_kept():

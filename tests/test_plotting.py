@@ -117,7 +117,7 @@ FIGURES = {
         ["width of r", "width of e"],
     ),
     "lines_in_bins": lambda: plotting.lines_in_bins(
-        [{label: [np.arange(3.0), np.arange(2.0)] for label in LABELS}] * 2,
+        [{label: [np.ones((2, 3)), np.ones((2, 2))] for label in LABELS}] * 2,
         [("S/N", np.geomspace(5, 500, 4)), ("blendedness", np.array([0, 0.1, 0.8]))],
         ["slope", "failed"],
     ),
@@ -221,6 +221,20 @@ def test_half_widths_are_those_of_the_errors():
         [{"a": np.ones(9)}], [("x", np.ones(9), np.array([0, 2.0]))], ["y"]
     )
     assert np.isnan(few.axes[0].lines[0].get_ydata()).all()
+
+
+def test_lines_in_bins_have_bars_of_the_errors_inside_their_bins():
+    edges, value = np.geomspace(1, 100, 4), np.array([2.0, 3.0, 5.0])
+    rows = [{label: [np.stack([value, value / 10])] for label in LABELS}]
+    fig = plotting.lines_in_bins(rows, [("S/N", edges)], ["slope"])
+    ends = []
+    for line, _, (bars,) in fig.axes[0].containers:
+        places = line.get_xdata()
+        assert ((edges[:-1] < places) & (places < edges[1:])).all()
+        ends.append(places)
+        for bar, middle in zip(bars.get_segments(), value, strict=True):
+            np.testing.assert_allclose(bar[:, 1], [0.9 * middle, 1.1 * middle])
+    assert (ends[0] < ends[1]).all(), "bars of two labels would cover each other"
 
 
 def test_rgb_orders_bands_and_stays_in_range():

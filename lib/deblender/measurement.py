@@ -19,7 +19,7 @@ from .surveys import STAMP_SIZE, Instrument, Survey
 PERCENTILES = {"p2.3": 2.3, "p16": 16.0, "median": 50.0, "p84": 84.0, "p97.7": 97.7}
 N_BOOTSTRAP = 200
 SNR_RANGE = (10.0, 3000.0)  # where the paper calls its medians stable
-MIN_SCENES = 10  # fewer give no slope worth a bootstrap
+MIN_SCENES = 10  # fewer give no slope or width worth a bootstrap
 NO_FLUX = "non-positive flux"
 
 
@@ -268,6 +268,24 @@ def binned(
         table[name] = column
     medians = [_bootstrap(np.median, y[inside], rng) for inside in rows]
     _, table["error"], table["n"], table["failed"] = zip(*medians, strict=True)
+    return table
+
+
+def binned_half_width(
+    x: np.ndarray, y: np.ndarray, edges: np.ndarray, rng: Generator | None = None
+) -> Table:
+    """`half_width` of `y` in bins of `x`, (scene,) both, with its bootstrap error.
+
+    One row a bin: `low`, `high`, `half_width`, `error`, `n`, `failed`; NaN for a bin of
+    fewer than MIN_SCENES. Raises ValueError for edges that do not increase.
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    table, rows = _bins(x, edges)
+    widths = [_bootstrap(half_width, y[inside], rng, MIN_SCENES) for inside in rows]
+    for name, column in zip(
+        ("half_width", "error", "n", "failed"), zip(*widths, strict=True), strict=True
+    ):
+        table[name] = column
     return table
 
 

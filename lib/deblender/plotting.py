@@ -25,7 +25,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .files import write_whole
-from .measurement import MIN_SCENES, binned
+from .measurement import binned, binned_half_width
 
 # A label takes the first colour whose key it contains; without one, a spare colour.
 COLOURS = {
@@ -596,11 +596,8 @@ def half_widths(
 
     def widths(error: np.ndarray) -> list[np.ndarray]:
         """Of the bins of each x."""
-        tables = [binned(x, error, edges) for _, x, edges in xs]
-        return [
-            np.where(table["n"] < MIN_SCENES, np.nan, table["p84"] - table["p16"]) / 2
-            for table in tables
-        ]
+        tables = [binned_half_width(x, error, edges) for _, x, edges in xs]
+        return [np.array([table["half_width"], table["error"]]) for table in tables]
 
     rows = [{label: widths(e) for label, e in each.items()} for each in errors]
     fig = lines_in_bins(rows, [(label, edges) for label, _, edges in xs], ylabels)
@@ -618,22 +615,22 @@ def lines_in_bins(
     xs: Sequence[tuple[str, np.ndarray]],
     ylabels: Sequence[str],
 ) -> Figure:
-    """Numbers of bins as lines; a row of panels a number, a column an x.
+    """Numbers of bins as lines with error bars; a row a number, a column an x.
 
     `rows`: for each number, named by `ylabels`, a mapping of label to what it is in the
-    bins (bin,) of each x; the same labels in all. `xs`: label and edges (bin + 1,);
-    edges above zero that span more than a decade make its axis logarithmic.
+    bins of each x, and its error, (value/error, bin); the same labels in all. `xs`:
+    label and edges (bin + 1,); edges above zero that span more than a decade make its
+    axis logarithmic.
     """
     fig, axes = _figure(len(rows), len(xs), 1 + 2.4 * len(rows), sharex="col")
     styles = _styles(list(rows[0]))
     for j, (xlabel, edges) in enumerate(xs):
         log = edges[0] > 0 and edges[-1] > 10 * edges[0]
-        middle = (edges[:-1] + edges[1:]) / 2
-        if log:
-            middle = np.sqrt(edges[:-1] * edges[1:])
         for ax, lines in zip(axes[:, j], rows, strict=True):
-            for label, of_x in lines.items():
-                ax.plot(middle, of_x[j], ms=5, lw=1.4, **styles[label], label=label)
+            for i, (label, of_x) in enumerate(lines.items()):
+                middle, (value, error) = _places(edges, i, len(lines), log), of_x[j]
+                style = styles[label] | {"ms": 4, "lw": 1.4, "elinewidth": 0.8}
+                ax.errorbar(middle, value, error, label=label, **style)
             if log:
                 _log_axis(ax, edges[0], edges[-1])
         axes[-1, j].set(xlabel=xlabel)
@@ -641,6 +638,14 @@ def lines_in_bins(
         ax.set(ylabel=ylabel)
     _legend(fig, *reversed(axes[0, 0].get_legend_handles_labels()))
     return fig
+
+
+def _places(edges: np.ndarray, i: int, n: int, log: bool) -> np.ndarray:
+    """Where the i-th of n points stands in each bin, near its middle."""
+    edges = np.log(edges) if log else edges
+    share = 0.5 + 0.3 * ((i + 0.5) / n - 0.5)
+    places = edges[:-1] + share * np.diff(edges)
+    return np.exp(places) if log else places
 
 
 def _three_digits(number: float) -> str:
