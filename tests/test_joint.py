@@ -1,5 +1,6 @@
 """Joint fits: components where GalSim draws them, means in closed form, blends."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import galsim
@@ -160,9 +161,11 @@ def test_bright_targets_come_nearer_to_the_truth(network, moments, bright):
 
 def test_other_cameras_and_networks_are_refused(network, known, moments, synthetic):
     several = deblender.simulate(synthetic, deblender.survey("lsst+euclid"), 2, seed=5)
-    with pytest.raises(ValueError, match="'lsst.euclid'; accepted: of one camera"):
+    with pytest.raises(ValueError, match="of cameras LSST, VIS, NISP; accepted: one"):
         joint.refine(network, several, moments)
-    with pytest.raises(
-        ValueError, match="a paper network without .* accepted: a linear"
-    ):
+    with pytest.raises(ValueError, match="a paper network; accepted: a linear one"):
         joint.second_moments(deblender.load("lsst-paper"), known)
+    few, untied = known.take(slice(2)), replace(network, correlation=None)
+    with pytest.raises(ValueError, match="without the correlation .* accepted: one"):
+        joint.refine(untied, few, moments)
+    assert joint.refine(untied, few, moments, encoder=False).shape == few.target.shape

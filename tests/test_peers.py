@@ -105,7 +105,7 @@ def test_sep_finds_nothing_in_empty_stamps(bright):
 
 def test_cameras_of_other_pixels_are_refused(synthetic):
     scenes = deblender.simulate(synthetic, deblender.survey("lsst+euclid"), 2, seed=5)
-    with pytest.raises(ValueError, match="'lsst.euclid'; accepted: of one camera"):
+    with pytest.raises(ValueError, match="of cameras LSST, VIS, NISP; accepted: one"):
         peers.sep(scenes, **peers.EXTRACTIONS["isophotal"])
 
 

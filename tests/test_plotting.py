@@ -210,6 +210,16 @@ def test_colours_follow_the_survey_and_the_centring():
     assert len({style["color"] for style in spare.values()}) == 3
 
 
+def test_a_training_curve_may_have_an_epoch_without_a_number():
+    lost = HISTORY | {"loss": [9.0, np.nan, 4.0], "val_loss": [np.inf]}
+    fig = plotting.training_curve({"a": lost})
+    low, high = fig.axes[0].get_ylim()
+    assert low < 4 and high > 9
+    plotting.training_curve(
+        {"a": HISTORY | {"loss": [np.nan] * 3, "val_loss": [np.nan]}}
+    )
+
+
 def test_half_widths_are_those_of_the_errors():
     """Errors of size 0.05 have half widths near 0.05; bins of fewer than ten, none."""
     fig = FIGURES["half_widths"]()

@@ -159,12 +159,31 @@ def test_blend_is_the_sum_of_its_galaxies(blends):
 
 
 def test_truth_is_that_of_the_images(blends):
-    alone = blends.truth["n_galaxies"] == 1
-    assert (blends.truth["b_total"][alone] == 0).all()
-    assert np.isnan(blends.truth["dmag"][alone]).all()
-    crowded = ~alone
-    assert (blends.truth["b_closest"][crowded] > 0).all()
-    assert (blends.truth["b_closest"] <= 1).all()
+    """Signal-to-noise ratio, blendedness and magnitudes, from the images themselves."""
+    r, truth = blends.survey.reference_index, blends.truth
+    magnitude = blends.survey.reference.magnitude
+    for i in range(20):
+        rows = np.arange(blends.first[i], blends.first[i + 1])
+        images = blends.compose(rows)[..., r].astype(float)  # (galaxy, y, x)
+        target, total = images[0], images.sum(axis=0)
+        variance = target + blends.survey.sky[r]
+        snr = np.sqrt((target**2 / variance).sum())
+        assert truth["snr"][i] == pytest.approx(snr, rel=1e-3)
+        overlap = 1 - (target**2).sum() / (target * total).sum()
+        assert truth["b_total"][i] == pytest.approx(overlap, abs=1e-4)
+        if len(rows) == 1:
+            assert np.isnan(truth["dmag"][i]) and truth["b_closest"][i] == 0
+            continue
+        distance = np.hypot(truth["neighbour_dx"][i], truth["neighbour_dy"][i])
+        k = int(np.nanargmin(distance))
+        closest = images[1 + k]
+        cosine = (target * closest).sum()
+        cosine /= np.sqrt((target**2).sum() * (closest**2).sum())
+        assert truth["b_closest"][i] == pytest.approx(cosine, abs=1e-4)
+        fluxes = blends.flux[[rows[0], rows[1 + k]], r]
+        dmag = np.diff(magnitude(fluxes))[0]
+        assert truth["dmag"][i] == pytest.approx(dmag, abs=1e-3)
+    assert (blends.counts[:20] > 2).any(), "the closest is one of several"
 
 
 def test_pixel_centring_is_uniform_in_a_pixel(synthetic):

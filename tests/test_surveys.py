@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from deblender import survey
+from deblender.surveys import Survey
 
 
 def test_bands_and_order():
@@ -21,6 +22,20 @@ def test_every_band_is_a_channel_of_one_camera():
     found = {camera.name: ten.band_names[bands] for camera, bands in ten.cameras}
     assert found == {"LSST": tuple("ugrizy"), "VIS": ("VIS",), "NISP": tuple("YJH")}
     assert survey("lsst").cameras == [(ten.instruments[0], slice(0, 6))]
+
+
+def test_bands_of_one_camera_have_to_stand_together():
+    ten = survey("lsst+euclid")
+    g, r, vis = (ten.bands[ten.index(name)] for name in ("g", "r", "VIS"))
+    with pytest.raises(ValueError, match=r"g \(LSST\), VIS \(VIS\), r .*accepted"):
+        Survey("mine", (g, vis, r))
+    assert Survey("mine", (vis, g, r)).cameras[1] == (g.instrument, slice(1, 3))
+
+
+def test_one_camera_is_asked_for_where_pixels_have_to_be_of_one_size():
+    survey("lsst").check_one_camera()
+    with pytest.raises(ValueError, match="of cameras LSST, VIS, NISP; accepted"):
+        survey("lsst+euclid").check_one_camera()
 
 
 @pytest.mark.parametrize("name", survey("lsst+euclid").band_names)

@@ -18,6 +18,7 @@ from .simulation import Scenes, simulate
 from .surveys import Survey
 from .weights import Network
 
+MEASURED = 250  # scenes in memory at a time
 SHEARS = ((0.0, 0.0), (0.01, 0.0), (-0.01, 0.0), (0.0, 0.01), (0.0, -0.01))
 
 
@@ -108,7 +109,7 @@ def shear_samples(
     return tables
 
 
-def _progress(scenes: Scenes, survey: Survey, size: int = 250) -> Iterator[Scenes]:
-    total = -(-len(scenes) // size)
+def _progress(scenes: Scenes, survey: Survey) -> Iterator[Scenes]:
+    total = -(-len(scenes) // MEASURED)
     label = f"measuring {survey.name}"
-    yield from tqdm(scenes.batches(size), total=total, desc=label, leave=False)
+    yield from tqdm(scenes.batches(MEASURED), total=total, desc=label, leave=False)

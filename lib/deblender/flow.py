@@ -10,6 +10,7 @@ from keras import layers, ops
 
 COUPLINGS = 8
 HIDDEN = 256
+BATCH = 256
 STEEPEST = 2.0  # natural logarithm of what a coupling may stretch a number by
 RATE, LARGEST_GRADIENT = 1e-3, 5.0  # of Adam; L2 norm
 
@@ -97,9 +98,7 @@ class Flow(keras.Model):
         return turned @ self.axes.T + self.centre
 
 
-def fit_flow(
-    vectors: np.ndarray, epochs: int = 15, batch_size: int = 256, seed: int = 0
-) -> Flow:
+def fit_flow(vectors: np.ndarray, epochs: int = 15, seed: int = 0) -> Flow:
     """Learn how latent vectors (n, latent) are distributed, by their likelihood.
 
     Raises ValueError for fewer vectors than twice their numbers, or numbers of which
@@ -116,8 +115,8 @@ def fit_flow(
         )
     keras.utils.set_random_seed(seed)  # of the first weights and of the order
     flow = Flow(vectors, seed)
-    steps = epochs * -(-n // batch_size)
+    steps = epochs * -(-n // BATCH)
     rate = keras.optimizers.schedules.CosineDecay(RATE, steps)
     flow.compile(keras.optimizers.Adam(rate, global_clipnorm=LARGEST_GRADIENT))
-    flow.fit(flow.whiten(vectors), epochs=epochs, batch_size=batch_size, verbose=0)
+    flow.fit(flow.whiten(vectors), epochs=epochs, batch_size=BATCH, verbose=0)
     return flow

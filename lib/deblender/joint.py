@@ -30,7 +30,7 @@ def second_moments(network: Network, scenes: Scenes) -> np.ndarray:
 
     Raises ValueError for a network that is not linear.
     """
-    _check(network)
+    _check_linear(network)
     vectors = network.code.of_all_sides(scenes).astype(float)
     return vectors.T @ vectors / len(vectors)
 
@@ -48,15 +48,17 @@ def refine(
     fitted as its neighbours are. Chapter 7, eq. (eq-joint).
     Returns (scene, y, x, band), electrons.
 
-    Raises ValueError for scenes of several cameras, or a network that is not linear or
-    does not know how its errors go together.
+    Raises ValueError for scenes of several cameras, or a network that is not linear or,
+    asked for its encoder, does not know how its errors go together.
     """
-    _check(network)
-    survey = scenes.survey
-    if len(survey.instruments) > 1:
+    _check_linear(network)
+    if encoder and network.correlation is None:
         raise ValueError(
-            f"received scenes of survey {survey.name!r}; accepted: of one camera"
+            "received a network without the correlation of its errors; accepted: one "
+            "with it, or encoder=False"
         )
+    survey = scenes.survey
+    survey.check_one_camera()
     draw = shifted_components(network)
     target = draw(0.0, 0.0)
     gauge = target @ linear.aperture(survey).ravel()  # (latent,)
@@ -76,12 +78,10 @@ def refine(
     return network.decode(np.array(latent, dtype=np.float32))
 
 
-def _check(network: Network) -> None:
-    if network.architecture != "linear" or network.correlation is None:
-        knows = "with" if network.correlation else "without"
+def _check_linear(network: Network) -> None:
+    if network.architecture != "linear":
         raise ValueError(
-            f"received a {network.architecture} network {knows} the correlation of its "
-            "errors; accepted: a linear one with it"
+            f"received a {network.architecture} network; accepted: a linear one"
         )
 
 

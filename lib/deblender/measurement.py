@@ -179,7 +179,7 @@ def errors(measured: Table, target: Table) -> Table:
     """Errors, output minus target, of two tables of `measure` on the same scenes.
 
     Columns `de1`, `de2`, `de` (of the modulus), `dr` (AB magnitude; negative: too
-    bright), NaN where either side failed, and `ok`, true where none of them is NaN.
+    bright), NaN where either side failed.
     Raises ValueError if the tables have different lengths. Arcelin et al. 2021, 4.1.
     """
     if len(measured) != len(target):
@@ -188,9 +188,7 @@ def errors(measured: Table, target: Table) -> Table:
             "many of each, of the same scenes"
         )
     columns = {"de1": "e1", "de2": "e2", "de": "e", "dr": "mag_r"}
-    table = Table({new: measured[old] - target[old] for new, old in columns.items()})
-    table["ok"] = np.isfinite([table[name] for name in columns]).all(axis=0)
-    return table
+    return Table({new: measured[old] - target[old] for new, old in columns.items()})
 
 
 def _measured(values: np.ndarray) -> np.ndarray:

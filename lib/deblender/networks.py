@@ -239,19 +239,17 @@ class Autoencoder(keras.Model):
         encoder: keras.Model,
         decoder: keras.Model,
         freeze_decoder: bool = False,
-        kl_weight: float = KL_WEIGHT,
         seed: int | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.encoder, self.decoder = encoder, decoder
         self.decoder.trainable = not freeze_decoder
-        self.kl_weight = kl_weight
         self.sampling = Sampling(seed, **EXACT)
 
     def call(self, stamps):
         mean, width = self.encoder(stamps)
-        self.add_loss(self.kl_weight * ops.mean(kl_divergence(mean, width)))
+        self.add_loss(KL_WEIGHT * ops.mean(kl_divergence(mean, width)))
         return self.decoder(self.sampling([mean, width]))  # (batch, y, x, band)
 
 

@@ -67,11 +67,7 @@ def _answer(scenes: Scenes, deblend: Callable[[Scenes], tuple], label: str) -> A
 
     Raises ValueError for scenes of several cameras, whose pixels differ.
     """
-    if len(scenes.survey.instruments) > 1:
-        raise ValueError(
-            f"{label} received scenes of survey {scenes.survey.name!r}; accepted: of "
-            "one camera"
-        )
+    scenes.survey.check_one_camera()
     found = Answer(
         np.full((len(scenes), *scenes.survey.shape), np.nan, dtype=np.float32),
         np.full((len(scenes), len(scenes.survey.bands)), np.nan),
@@ -360,6 +356,8 @@ def settings(morphology: str) -> str:
     chosen = FITS[morphology] | {"stride": STRIDE}
     if morphology == "sersic":
         chosen |= {"indices": INDICES, "radii": RADII}
+    else:
+        chosen |= {"boxes": BOXES}
     if morphology == "prior":
         chosen |= {"temperature": TEMPERATURE}
     return ", ".join(f"{name} {value}" for name, value in chosen.items())

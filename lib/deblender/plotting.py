@@ -358,6 +358,9 @@ def training_curve(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figur
         # A rare batch of huge loss leaves the panel, and does not flatten the rest;
         # nor does what rounding left of the mean after it.
         losses = np.concatenate([curve["loss"], curve["val_loss"]])
+        losses = losses[np.isfinite(losses)]
+        if not len(losses):
+            continue
         low, high = np.percentile(losses, MIDDLE)
         far = REACH * (high - low)
         usual = losses[(losses >= low - far) & (losses <= high + far)]

@@ -47,7 +47,8 @@ MAX_TRIES = 1000  # scenes drawn before giving up on one with a detected peak
 COUNTS, LAYOUT, NOISE = 1, 2, 3  # streams of random numbers of one seed
 FEW = 50.0  # electrons, below which the shape of Poisson's distribution shows
 CHUNK = 100  # scenes a task draws and writes at a time
-# Unit-flux pixels times this fit the range of float16: relative error below 5e-4.
+# Unit-flux pixels times this fit the range of float16: an error below 5e-4 of a pixel,
+# or below 3e-11 of the flux where that is more.
 STAMP_SCALE = 1024.0
 FORMAT = 9  # of what is cached; raise it when the same call would draw other bits
 # Profiles, random numbers, centring errors, peaks and colours come from these.
@@ -338,7 +339,10 @@ def _read_again(name: str, real: bool, digest: str) -> Catalogue:
     """The catalogue of a task, read once in each process."""
     found = catalogue(name, real)
     if found.digest != digest:
-        raise ValueError(f"catalogue {name!r} changed since it was read")
+        raise ValueError(
+            f"catalogue {name!r} now has digest {found.digest[:12]}; accepted: "
+            f"{digest[:12]}, as when it was read"
+        )
     return found
 
 

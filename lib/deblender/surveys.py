@@ -70,10 +70,21 @@ class Band:
 
 @dataclass(frozen=True)
 class Survey:
-    """An ordered set of bands; image arrays have one channel a band, in this order."""
+    """An ordered set of bands; image arrays have one channel a band, in this order.
+
+    Raises ValueError unless the bands of each instrument follow one another.
+    """
 
     name: str
     bands: tuple[Band, ...]
+
+    def __post_init__(self) -> None:
+        if (np.diff(self.instrument_of_band) < 0).any():
+            names = ", ".join(f"{b.name} ({b.instrument.name})" for b in self.bands)
+            raise ValueError(
+                f"survey {self.name!r} received bands {names}; accepted: those of one "
+                "instrument after another"
+            )
 
     @cached_property
     def band_names(self) -> tuple[str, ...]:
@@ -137,6 +148,18 @@ class Survey:
         Raises ValueError for a band this survey does not have.
         """
         return [self.index(name) for name in other.band_names]
+
+    def check_one_camera(self) -> None:
+        """Refuse a survey of several cameras, where pixels of one size are needed.
+
+        Raises ValueError for one.
+        """
+        if len(self.instruments) > 1:
+            names = ", ".join(instrument.name for instrument in self.instruments)
+            raise ValueError(
+                f"received survey {self.name!r}, of cameras {names}; accepted: one of "
+                "one camera"
+            )
 
     def check_images(self, images: np.ndarray) -> np.ndarray:
         """Return `images` as float32 (scene, y, x, band), or say what is wrong.
