@@ -170,6 +170,7 @@ def test_best_epoch_is_kept_and_training_stops_without_improvement(
     _, history = train(tmp_path, epochs=40, n_scenes=4, learning_rate=0.0)
     losses = history.curve["val_loss"]
     assert len(losses) == np.argmin(losses) + 1 + 2 < 40
+    assert history.kept == np.argmin(losses) + 1
     model, _ = train(tmp_path, epochs=40, n_scenes=4, learning_rate=0.0)
     best = variables(tmp_path / "best.safetensors")
     for value, weight in zip(best.values(), model.weights, strict=True):
@@ -179,6 +180,7 @@ def test_best_epoch_is_kept_and_training_stops_without_improvement(
 def test_history_says_how_long_and_how_many(whole):
     _, _, history = whole
     assert history.images_seen == 48 and history.seconds > 0
+    assert history.kept == np.argmin(history.curve["val_loss"]) + 1
     assert history.curve["images"][-1] == 48
     assert history.curve["val_images"] == [16, 32, 48]
 

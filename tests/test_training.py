@@ -11,7 +11,7 @@ from deblender import networks, training
 from deblender.batches import Batches, dihedral, fill_up, swap_neighbours
 from deblender.comparison import statistics
 from deblender.evaluation import evaluate
-from deblender.fitting import fit
+from deblender.fitting import History, fit
 from deblender.normalisation import Normalisation
 from deblender.weights import Network
 
@@ -140,3 +140,13 @@ def test_devices_that_share_a_batch_get_as_many_scenes(
     assert len(last) == 9  # the eight that remain, and the first again
     np.testing.assert_array_equal(fill_up(np.arange(4), 3), [0, 1, 2, 3, 0, 0])
     np.testing.assert_array_equal(fill_up(np.arange(4), 2), np.arange(4))
+
+
+def test_epochs_after_the_one_that_is_kept_are_not_counted(monkeypatch):
+    history = History(images_seen=24, kept=2)
+    monkeypatch.setattr(training, "fit", lambda *given: history)
+    card, batches = {"images_seen": {}}, SimpleNamespace(scenes=range(8))
+    training._stage(card, "vae", None, (batches, batches), epochs=9)
+    assert card["images_seen"] == {"vae": 16}
+    assert (card["vae"]["epochs"], card["vae"]["kept"]) == (3, 2)
+    assert card["vae"]["images_seen"] == 24

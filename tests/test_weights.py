@@ -1,6 +1,8 @@
 """Networks on disk: what is saved is what is loaded, and damage is noticed."""
 
+import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ import pytest
 import deblender
 from deblender import networks, weights
 from deblender.batches import dihedral
+from deblender.files import data_folder
 from deblender.normalisation import Normalisation
+from deblender.surveys import Survey
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,15 @@ def test_what_was_loaded_and_changed_has_a_card_of_its_own(network, tmp_path):
     changed.decoder.weights[0].assign(0 * changed.decoder.weights[0])
     weights.save(changed, tmp_path / "b")
     assert not deblender.load(tmp_path / "b").decoder.weights[0].numpy().any()
+
+
+def test_a_survey_of_ones_own_is_not_forgotten(network, tmp_path):
+    bands = [replace(b, exposure=b.exposure / 10) for b in network.survey.bands]
+    own = replace(network, survey=Survey("lsst", tuple(bands)))
+    assert copy.deepcopy(own).survey == own.survey != network.survey
+    with pytest.raises(ValueError, match="'lsst' of its own; accepted: lsst, lsst"):
+        weights.save(own, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
 
 
 def test_damage_is_noticed(network, tmp_path):
@@ -177,6 +190,16 @@ def test_published_networks_are_small_enough_to_clone():
     assert sum(file.stat().st_size for file in files if file.is_file()) < 90e6
 
 
+def test_kept_numbers_of_real_galaxies_are_of_the_published_networks():
+    kept = json.loads(
+        (data_folder("results", "data/results") / "real.json").read_text()
+    )
+    cards = weights._weights_folder().glob(f"*/{weights.CARD}")
+    parts = [json.loads(card.read_text())["parts"] for card in cards]
+    published = {of["deblender"]["sha256"][:12] for of in parts}
+    assert kept["networks"] and set(kept["networks"].values()) <= published
+
+
 def test_a_card_is_for_reading(network, tmp_path):
     network.card["curve"] = {"images": [64, 128], "loss": [2.5, 1.0]}
     weights.save(network, tmp_path / "net")
@@ -185,18 +208,21 @@ def test_a_card_is_for_reading(network, tmp_path):
     assert deblender.load(tmp_path / "net").card["curve"] == network.card.pop("curve")
 
 
-def test_a_card_keeps_curves_of_its_own_kind_alone(network, tmp_path):
-    curve = {"images": [64], "loss": [2.5]}
+def test_a_card_keeps_less_of_the_curves_of_earlier_trainings(network, tmp_path):
+    curve = {"images": [64], "loss": [2.5], "val_loss": [2.0, 3.0], "slope": [0.1, 0.2]}
+    stage = {"curve": curve, "kept": 1}
     own = {key: None for key in weights.ALIKE} | {"centring": "exact"}
     own |= {"survey": "lsst", "architecture": network.architecture}
-    other = own | {"centring": "peak", "vae": {"curve": curve, "scenes": 9}}
-    before = own | {"vae": {"curve": curve}, "start": {"card": other}}
-    network.card = own | {"vae": {"curve": curve}, "start": {"card": before}}
+    other = own | {"centring": "peak", "vae": dict(stage)}
+    before = own | {"vae": dict(stage), "start": {"card": other}}
+    network.card = own | {"vae": stage, "start": {"card": before}}
     weights.save(network, tmp_path / "net")
-    last, first = deblender.load(tmp_path / "net").trainings[::-1]
-    assert last["vae"]["curve"] == first["vae"]["curve"] == curve
-    assert first["start"]["card"]["vae"] == {"scenes": 9}
-    assert other["vae"]["curve"] == curve  # what is saved stays as it was
+    first, last = deblender.load(tmp_path / "net").trainings
+    assert last["vae"] == stage
+    epochs = {"val_loss": [2.0, 3.0], "slope": [0.1, 0.2]}
+    assert first["vae"] == {"curve": epochs, "kept": 1}
+    assert first["start"]["card"]["vae"] == {"val_loss": 2.0, "kept": 1}
+    assert other["vae"] == stage  # as it was
 
 
 def test_names_in_a_folder_are_those_of_that_folder_alone(network, tmp_path):

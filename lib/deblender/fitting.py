@@ -45,11 +45,13 @@ class History:
 
     `curve` has `images` and the training `loss` averaged between them, and at the end
     of each epoch `val_images`, `val_loss` (nats a stamp) and what else was watched:
-    `typical`, where it is known, is a median of what `val_loss` is the mean of.
+    `typical`, where it is known, is a median of what `val_loss` is the mean of. `kept`
+    counts the epochs after which the model has the weights that it is left with.
     """
 
     images_seen: int = 0
     seconds: float = 0.0
+    kept: int = 0
     curve: dict[str, list[float]] = field(
         default_factory=lambda: {
             name: [] for name in ("images", "loss", "val_images", "val_loss")
@@ -148,8 +150,8 @@ class Checkpoint(keras.callbacks.Callback):
         return state["epochs"]
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        history, losses = asdict(self.recorder.history), self._losses()
-        if not losses or losses[-1] <= min(losses):
+        history = asdict(self.recorder.history)
+        if self.best_epoch() == len(self._losses()):
             write_whole(self.best, dump_variables(self.model.weights, {}))
         state = {"epochs": epoch + 1, "setting": self.setting, "history": history}
         state |= {"last_point": self.recorder.last_point}
@@ -160,8 +162,12 @@ class Checkpoint(keras.callbacks.Callback):
 
     def over(self) -> bool:
         """Whether the validation loss has stopped improving."""
+        return len(self._losses()) - self.best_epoch() >= PATIENCE
+
+    def best_epoch(self) -> int:
+        """Epochs until the lowest validation loss, the last time it was reached."""
         losses = self._losses()
-        return len(losses) - 1 - int(np.argmin(losses or [0])) >= PATIENCE
+        return len(losses) - int(np.argmin(losses[::-1] or [0]))
 
     def _losses(self) -> list[float]:
         """Validation losses; one that is no number is worse than any."""
@@ -223,8 +229,10 @@ def fit(
                 shuffle=False,  # the batches see to that, from their seed
                 verbose=0,
             )
+    recorder.history.kept = len(recorder.history.curve["val_loss"]) or epochs
     if checkpoint is not None:
         fill_variables(model.weights, checkpoint.best)
+        recorder.history.kept = checkpoint.best_epoch() or epochs
     return recorder.history
 
 

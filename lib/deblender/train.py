@@ -193,8 +193,8 @@ def _begin(
     out, first = Path(args.out), args.start or recipe.start
     ours = first in available(out)  # trained here before
     start = load(out / first if ours else first) if first else None
-    survey_of = None if recipe.paper else survey(recipe.survey)
-    check_start(start, "paper" if recipe.paper else "linear", survey_of)
+    kind = "paper" if recipe.paper else "linear"
+    check_start(start, kind, survey(recipe.survey))
     keeps = ours and not recipe.paper  # a decoder of this folder
     shared = _shared(start, first, args.name) if keeps else {}
     same = keeps and shared.get("decoder") in (None, _decoder_of(args.name))

@@ -68,9 +68,9 @@ def warm_start(
     weights, and the code is then made of its bands alone, as its own was. With a
     `folder`, an interrupted warm start goes on from its last epoch (see `fit`).
 
-    Raises ValueError for a `start` of another architecture.
+    Raises ValueError for a `start` of another architecture, or of bands beyond these.
     """
-    check_start(start, "paper")
+    check_start(start, "paper", survey)
     sizes = n_train, n_validation, centring, seed
     isolated, alone = _both(catalogue, survey, 1, *sizes)
     blends, watched = _both(catalogue, survey, 4, *sizes)
@@ -111,9 +111,9 @@ def train_vae(
     `start` gives the first weights, of the bands that both surveys have. Returns a
     network without deblender, whose card has the history.
 
-    Raises ValueError for a `start` of another architecture.
+    Raises ValueError for a `start` of another architecture, or of bands beyond these.
     """
-    check_start(start, "paper")
+    check_start(start, "paper", survey)
     train, validation = _both(
         catalogue, survey, 1, n_train, n_validation, centring, seed
     )
@@ -145,7 +145,7 @@ def train_deblender(
 
     Raises ValueError for a `prior` of another architecture.
     """
-    check_start(prior, "paper")
+    check_start(prior, "paper", prior.survey)
     train, validation = _both(
         catalogue, prior.survey, 4, n_train, n_validation, centring, seed
     )
@@ -173,7 +173,6 @@ def train_linear(
     centring: str = "exact",
     seed: int = 1,
     start: Network | None = None,
-    learning_rate: float | None = None,
     batch_size: int = LINEAR_BATCH_SIZE,
     folder: Path | None = None,
     components: str = "peak",
@@ -188,15 +187,13 @@ def train_linear(
     remain is then measured, for draws that know how they go together. `start`, a
     linear network of the same survey, gives the components and the first weights;
     without it, they are those of galaxies of the centring `components`. `"peak"` serves
-    networks of any centring, `"exact"` draws centred galaxies with fewer. The learning
-    rate is LINEAR_RATE unless given, half of it after a `start`.
+    networks of any centring, `"exact"` draws centred galaxies with fewer.
 
     Raises ValueError for a `start` of another architecture or survey.
     """
     check_start(start, "linear", survey)
-    if learning_rate is None:
-        # Half of it spares what is known; bias is taught at a fraction anyway.
-        learning_rate = LINEAR_RATE / 2 if start and epochs else LINEAR_RATE
+    # Half of it spares what is known; bias is taught at a fraction anyway.
+    rate = LINEAR_RATE / 2 if start and epochs else LINEAR_RATE
     train, watched = _both(catalogue, survey, 4, n_train, n_validation, centring, seed)
     network = _begin_linear(catalogue, survey, n_train, seed, start, components)
     model, watch = side_by_side(network.deblender), _watch(network, watched)
@@ -214,7 +211,7 @@ def train_linear(
         setting |= {"normalisation": network.normalisation, "code": network.code}
         pair = kind(train, **setting, **swap), kind(watched, **setting, augment=False)
         rest = {"folder": folder, "watch": _judge(watch, model, pair[1], loss)}
-        _stage(card, stage, model, pair, n, learning_rate * gently, loss, **rest)
+        _stage(card, stage, model, pair, n, rate * gently, loss, **rest)
     card["correlation"] = {"scenes": min(n_train, CORRELATED), "seed": seed}
     correlation = correlate(network, train.take(slice(CORRELATED)))
     return replace(network, card=card, correlation=correlation)
@@ -246,13 +243,18 @@ def _stage(
     folder: Path | None = None,
     watch: Watch | None = None,
 ) -> None:
-    """Fit a model on batches and those that watch over it; its card says how."""
+    """Fit a model on batches and those that watch over it; its card says how.
+
+    Images of epochs that the model was not left with are not counted as seen.
+    """
     place = folder and folder / name
     history = fit(model, *pair, epochs, learning_rate, loss, place, watch)
-    card["images_seen"][name] = history.images_seen
+    scenes = len(pair[0].scenes)
+    card["images_seen"][name] = scenes * history.kept
     card[name] = {
-        "scenes": len(pair[0].scenes),
-        "epochs": epochs,
+        "scenes": scenes,
+        "epochs": history.images_seen // scenes,
+        "kept": history.kept,
         "images_seen": history.images_seen,
         "schedule": f"Adam {learning_rate:g}, warm-up, cosine decay to zero",
         "seconds": round(history.seconds),
@@ -313,20 +315,21 @@ def correlate(network: Network, scenes: Scenes) -> linear.Correlation:
     return correlation
 
 
-def check_start(
-    start: Network | None, architecture: str, survey: Survey | None = None
-) -> None:
+def check_start(start: Network | None, architecture: str, survey: Survey) -> None:
     """Refuse a network that no training of this kind can begin with.
 
-    Raises ValueError for another architecture, or another survey where one is given.
+    Raises ValueError for another architecture or survey. One of the paper's may have
+    fewer bands than `survey`: what is missing begins anew.
     """
     if start is None:
         return
-    wanted = start.survey if survey is None else survey
-    if (start.architecture, start.survey.name) != (architecture, wanted.name):
+    fits, fewer = start.survey.name == survey.name, ""
+    if architecture == "paper":
+        fits, fewer = set(start.survey.bands) <= set(survey.bands), " or fewer bands"
+    if start.architecture != architecture or not fits:
         raise ValueError(
             f"received a {start.architecture} network for {start.survey.name!r} to "
-            f"begin with; accepted: a {architecture} one for {wanted.name!r}"
+            f"begin with; accepted: a {architecture} one for {survey.name!r}{fewer}"
         )
 
 

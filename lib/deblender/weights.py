@@ -24,7 +24,7 @@ from . import linear, networks
 from .batches import dihedral
 from .files import data_folder, write_together
 from .normalisation import NoiseUnits, Normalisation
-from .surveys import Survey, survey
+from .surveys import SURVEYS, Survey, survey
 from .workers import spread
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class Result:
 class Network:
     """A prior and the deblender built on its decoder, for one survey.
 
-    `encoder` is that of the VAE, or None where the decoder is linear and needs none;
+    `encoder` is that of the VAE, or None: a linear decoder needs none, and the paper's
+    decentred networks of the book come without;
     `deblender` is the second encoder, None before it is trained; `card` says how they
     were made; `correlation` ties together the draws of latent numbers of a linear
     network, which are independent without it.
@@ -110,7 +111,10 @@ class Network:
 
     @property
     def images_seen(self) -> dict[str, int]:
-        """Images seen in each stage of all its trainings; blends where repeated."""
+        """Images that taught it, in each stage of all trainings; blends where repeated.
+
+        Epochs after the one that was kept do not count.
+        """
         total: dict[str, int] = {}
         for card in self.trainings:
             for stage, images in card["images_seen"].items():
@@ -202,6 +206,7 @@ class Network:
             "made": _card(self, dict.fromkeys(parts)),
             "card": self.card,
             "sides": self.sides,
+            "survey": self.survey,
             "values": {
                 part: list(map(keras.ops.convert_to_numpy, _own(self, part)))
                 for part in parts
@@ -209,7 +214,7 @@ class Network:
         }
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(vars(_empty(state["made"])))
+        vars(self).update(vars(_empty(state["made"], state["survey"])))
         self.card, self.sides = state["card"], state["sides"]
         for part, values in state["values"].items():
             for variable, value in zip(_own(self, part), values, strict=True):
@@ -289,7 +294,16 @@ def save(
 
     `share` maps a part to a file elsewhere, relative to `folder` (`{"decoder":
     "../lsst/decoder.safetensors"}`), for a part that another network holds already.
+
+    Raises ValueError for a survey of one's own: a card has but the name of a survey.
     """
+    if network.survey.name not in SURVEYS or network.survey != survey(
+        network.survey.name
+    ):
+        raise ValueError(
+            f"received a network for a survey {network.survey.name!r} of its own; "
+            f"accepted: {', '.join(SURVEYS)} as `survey` builds them"
+        )
     folder, share = Path(folder), share or {}
     folder.mkdir(parents=True, exist_ok=True)
     files, contents = {}, {}
@@ -307,15 +321,22 @@ def save(
 
 
 def _brief(network: Network) -> dict:
-    """Its card of the trainings, without the curves of networks of another kind.
+    """Its card, of the trainings before the last without the losses within an epoch.
 
-    Those that began it have their own card, in the book or wherever they came from.
+    Networks of another kind that began it have their own card, in the book or wherever
+    they came from: of their curves only the validation loss they were left with stays.
     """
     card = copy.deepcopy(network.card)
-    for other in lineage(card)[len(network.trainings) :]:
-        for value in other.values():
-            if isinstance(value, dict):  # a stage
-                value.pop("curve", None)
+    for i, before in enumerate(lineage(card)[1:], start=1):
+        for stage in before.values():
+            if not (isinstance(stage, dict) and "curve" in stage):
+                continue
+            curve = stage.pop("curve")
+            if i < len(network.trainings):
+                within = ("images", "loss")
+                stage["curve"] = {k: v for k, v in curve.items() if k not in within}
+            elif curve.get("val_loss"):
+                stage["val_loss"] = curve["val_loss"][stage.get("kept", 0) - 1]
     return card
 
 
@@ -368,15 +389,15 @@ def load(
             f"network {str(name)!r} is for survey {card['survey']!r}; accepted here: "
             f"{expect_survey!r}"
         )
-    network = _empty(card)
+    network = _empty(card, survey(card["survey"]))
     for part in card["parts"]:
         _fill(_own(network, part), found, card["parts"][part])
     return network
 
 
-def _empty(card: dict) -> Network:
+def _empty(card: dict, of_survey: Survey) -> Network:
     """The network that a card describes, with weights yet to be read."""
-    of_survey, parts = survey(card["survey"]), card["parts"]
+    parts = card["parts"]
     values = {k: np.array(v) for k, v in card["normalisation"].items()}
     if card.get("architecture") == "linear":
         decoder = linear.decoder(of_survey)
