@@ -160,6 +160,9 @@ def test_typical_loss_decides_where_it_is_watched(tmp_path):
     assert checkpoint.over()
     curve["typical"] = [5.0 - 0.1 * i for i in range(PATIENCE + 1)]
     assert not checkpoint.over()
+    for never_better in (np.nan, 5.0):
+        curve["typical"] = [never_better] * (PATIENCE + 1)
+        assert checkpoint.over() and checkpoint.best_epoch() == 1
 
 
 def test_best_epoch_is_kept_and_training_stops_without_improvement(

@@ -70,22 +70,13 @@ def test_a_decoder_that_others_share_is_not_replaced(out, tmp_path, capsys):
     deblender.load("lsst-pixel", folder=tmp_path)  # finds its decoder still
 
 
-def shorter(card: dict) -> dict:
-    """A card without the losses within an epoch, which later trainings leave out."""
-    card = json.loads(json.dumps(card))
-    for stage in [each for each in card.values() if isinstance(each, dict)]:
-        for within in ("images", "loss"):
-            stage.get("curve", {}).pop(within, None)
-    return card
-
-
 def test_a_network_goes_on_from_another(out, tmp_path):
     more = ["--start", str(out / "lsst"), "--calibration", "2"]
     main(["lsst", "--out", str(tmp_path), *more, *TINY])
     first, second = (deblender.load("lsst", folder=f) for f in (out, tmp_path))
     assert second.card["images_seen"] == {"vae": 0, "deblender": 8, "calibration": 16}
-    assert shorter(second.card["start"]["card"]) == shorter(first.card)
-    assert second.trainings == [second.card["start"]["card"], second.card]
+    assert second.card["start"]["card"] == first.card
+    assert second.trainings == [first.card, second.card]
     assert second.images_seen == {"vae": 0, "deblender": 16, "calibration": 24}
     for old, new in zip(
         first.decoder.get_weights(), second.decoder.get_weights(), strict=True
@@ -97,9 +88,7 @@ def test_the_papers_network_goes_on_from_its_own_weights(out, tmp_path):
     more = ["--start", str(out / "lsst-paper")]
     main(["lsst-paper", "--out", str(tmp_path), *more, *TINY])
     first, second = (deblender.load("lsst-paper", folder=f) for f in (out, tmp_path))
-    # No warm start between them.
-    assert second.trainings == [second.card["start"]["card"], second.card]
-    assert shorter(second.trainings[0]) == shorter(first.card)
+    assert second.trainings == [first.card, second.card]  # no warm start between them
     assert second.images_seen == {"vae": 16, "deblender": 16}
     assert second.codes_seen == first.codes_seen == {"decoder": 8, "encoder": 8}
     assert deblender.load("lsst", folder=out).codes_seen == {}

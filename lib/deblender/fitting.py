@@ -165,9 +165,9 @@ class Checkpoint(keras.callbacks.Callback):
         return len(self._losses()) - self.best_epoch() >= PATIENCE
 
     def best_epoch(self) -> int:
-        """Epochs until the lowest validation loss, the last time it was reached."""
+        """Epochs until the lowest validation loss was first reached; 0 without any."""
         losses = self._losses()
-        return len(losses) - int(np.argmin(losses[::-1] or [0]))
+        return int(np.argmin(losses)) + 1 if losses else 0
 
     def _losses(self) -> list[float]:
         """Validation losses; one that is no number is worse than any."""

@@ -245,7 +245,8 @@ def _stage(
 ) -> None:
     """Fit a model on batches and those that watch over it; its card says how.
 
-    Images of epochs that the model was not left with are not counted as seen.
+    Of the card's own `images_seen` are those until the epoch that the model was left
+    with, of the stage's those of all epochs that ran.
     """
     place = folder and folder / name
     history = fit(model, *pair, epochs, learning_rate, loss, place, watch)
@@ -253,7 +254,7 @@ def _stage(
     card["images_seen"][name] = scenes * history.kept
     card[name] = {
         "scenes": scenes,
-        "epochs": history.images_seen // scenes,
+        "epochs": epochs,
         "kept": history.kept,
         "images_seen": history.images_seen,
         "schedule": f"Adam {learning_rate:g}, warm-up, cosine decay to zero",

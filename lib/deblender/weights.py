@@ -321,22 +321,24 @@ def save(
 
 
 def _brief(network: Network) -> dict:
-    """Its card, of the trainings before the last without the losses within an epoch.
+    """Its card; the losses within an epoch are kept of the first and last training.
 
     Networks of another kind that began it have their own card, in the book or wherever
     they came from: of their curves only the validation loss they were left with stays.
     """
-    card = copy.deepcopy(network.card)
+    card, first = copy.deepcopy(network.card), len(network.trainings) - 1
     for i, before in enumerate(lineage(card)[1:], start=1):
         for stage in before.values():
             if not (isinstance(stage, dict) and "curve" in stage):
                 continue
-            curve = stage.pop("curve")
-            if i < len(network.trainings):
+            curve = stage["curve"]
+            if i < first:
                 within = ("images", "loss")
                 stage["curve"] = {k: v for k, v in curve.items() if k not in within}
-            elif curve.get("val_loss"):
-                stage["val_loss"] = curve["val_loss"][stage.get("kept", 0) - 1]
+            elif i > first:
+                del stage["curve"]
+                if curve.get("val_loss"):
+                    stage["val_loss"] = curve["val_loss"][stage.get("kept", 0) - 1]
     return card
 
 
