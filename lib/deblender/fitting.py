@@ -229,7 +229,7 @@ def fit(
                 shuffle=False,  # the batches see to that, from their seed
                 verbose=0,
             )
-    recorder.history.kept = len(recorder.history.curve["val_loss"]) or epochs
+    recorder.history.kept = epochs
     if checkpoint is not None:
         fill_variables(model.weights, checkpoint.best)
         recorder.history.kept = checkpoint.best_epoch() or epochs

@@ -280,10 +280,8 @@ def binned_half_width(
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     table, rows = _bins(x, edges)
     widths = [_bootstrap(half_width, y[inside], rng, MIN_SCENES) for inside in rows]
-    for name, column in zip(
-        ("half_width", "error", "n", "failed"), zip(*widths, strict=True), strict=True
-    ):
-        table[name] = column
+    found = zip(*widths, strict=True)
+    table["half_width"], table["error"], table["n"], table["failed"] = found
     return table
 
 
@@ -349,10 +347,8 @@ def binned_ellipticity_bias(
     table, rows = _bins(x, edges)
     table["x"] = [np.median(x[inside]) if len(inside) else np.nan for inside in rows]
     fits = [ellipticity_bias(e_in[r], e_out[r], rng)["alpha"] for r in rows]
-    for name, column in zip(
-        ("alpha", "error", "n", "failed"), zip(*fits, strict=True), strict=True
-    ):
-        table[name] = column
+    found = zip(*fits, strict=True)
+    table["alpha"], table["error"], table["n"], table["failed"] = found
     return table
 
 

@@ -406,6 +406,13 @@ def corner(latent: np.ndarray, n_dims: int = 5, limit: float = 4.0) -> Figure:
     return fig
 
 
+def _within(low: np.ndarray, high: np.ndarray, share: Any, log: bool) -> np.ndarray:
+    """Points at a share of the way through bins, as an axis shows them."""
+    low, high = (np.log(low), np.log(high)) if log else (low, high)
+    points = low + (high - low) * share
+    return np.exp(points) if log else points
+
+
 def _boxes(
     ax: Axes, table: Table, colour: str, place: int, places: int, log: bool = False
 ) -> np.ndarray:
@@ -414,10 +421,8 @@ def _boxes(
     They stand in one of the `places` of each bin, whose middles are returned.
     """
     low, high = (np.asarray(table[name], dtype=float) for name in ("low", "high"))
-    low, high = (np.log(low), np.log(high)) if log else (low, high)
     shares = 0.1 + 0.8 * (place + np.array([[0.06], [0.5], [0.94]])) / places
-    points = low + (high - low) * shares
-    left, middle, right = np.exp(points) if log else points
+    left, middle, right = _within(low, high, shares, log)
     box = {"color": colour, "alpha": 0.45, "align": "edge"}
     ax.bar(left, table["p84"] - table["p16"], right - left, table["p16"], **box)
     ax.hlines(table["median"], left, right, color=colour, lw=2)
@@ -631,7 +636,9 @@ def lines_in_bins(
         log = edges[0] > 0 and edges[-1] > 10 * edges[0]
         for ax, lines in zip(axes[:, j], rows, strict=True):
             for i, (label, of_x) in enumerate(lines.items()):
-                middle, (value, error) = _places(edges, i, len(lines), log), of_x[j]
+                share = 0.35 + 0.3 * (i + 0.5) / len(lines)
+                middle = _within(edges[:-1], edges[1:], share, log)
+                value, error = of_x[j]
                 style = styles[label] | {"ms": 4, "lw": 1.4, "elinewidth": 0.8}
                 ax.errorbar(middle, value, error, label=label, **style)
             if log:
@@ -641,14 +648,6 @@ def lines_in_bins(
         ax.set(ylabel=ylabel)
     _legend(fig, *reversed(axes[0, 0].get_legend_handles_labels()))
     return fig
-
-
-def _places(edges: np.ndarray, i: int, n: int, log: bool) -> np.ndarray:
-    """Where the i-th of n points stands in each bin, near its middle."""
-    edges = np.log(edges) if log else edges
-    share = 0.5 + 0.3 * ((i + 0.5) / n - 0.5)
-    places = edges[:-1] + share * np.diff(edges)
-    return np.exp(places) if log else places
 
 
 def _three_digits(number: float) -> str:
