@@ -32,12 +32,17 @@ def test_a_coupling_is_inverted_and_knows_its_volume(size):
     assert np.log(determinant) == pytest.approx(float(volume[0]), abs=0.01)
 
 
-def test_a_flow_begins_as_a_gaussian_with_drawn_in_tails():
+def test_before_it_learns_a_flow_knows_mean_and_correlation():
     vectors = np.random.default_rng(4).normal(3, [1, 2, 5], (5000, 3))
+    vectors[:, 2] += 4 * vectors[:, 0]
     flow = Flow(vectors)
+    whitened = np.sinh(flow.whiten(vectors))
+    np.testing.assert_allclose(np.cov(whitened.T), np.eye(3), atol=1e-5)
     drawn = flow.sample(5000, np.random.default_rng(5))
-    np.testing.assert_allclose(drawn.mean(axis=0), 3, atol=0.3)
-    assert flow.whiten(vectors).shape == (5000, 3)
+    np.testing.assert_allclose(drawn.mean(axis=0), [3, 3, 15], atol=0.3)
+    expected = np.corrcoef(vectors.T)
+    np.testing.assert_allclose(np.corrcoef(drawn.T), expected, atol=0.05)
+    assert expected[0, 2] > 0.5
 
 
 def test_no_draw_is_farther_out_than_all_galaxies():

@@ -112,7 +112,7 @@ def test_a_target_of_which_nothing_is_said_is_as_its_neighbours():
     assert first[0, 0] == pytest.approx(9, rel=0.1)
 
 
-def test_moments_are_those_of_relative_vectors(network, known, moments):
+def test_moments_are_those_of_relative_vectors(network, known):
     """By hand for one galaxy; and all sides of it give the same."""
     one = known.take([3])
     vectors = []
@@ -127,8 +127,6 @@ def test_moments_are_those_of_relative_vectors(network, known, moments):
     np.testing.assert_allclose(
         joint.second_moments(network, one), expected, rtol=1e-3, atol=1e-5
     )
-    np.testing.assert_allclose(moments, moments.T)
-    assert np.linalg.eigvalsh(moments).min() > -1e-9
 
 
 def test_covariances_are_those_of_draws(network, bright):

@@ -144,6 +144,7 @@ def _errors(
     cos, sin = e / np.hypot(*e) if np.hypot(*e) > 0 else (1.0, 0.0)
     frame = np.array([[cos, sin], [-sin, cos]])
     with np.errstate(invalid="ignore"):
-        # A shear g turns an ellipticity e into (e + g) / (1 + e* g).
-        along, across = (1 - e @ e) * np.sqrt(np.diag(frame @ shear @ frame.T))
+        # A shear g turns an ellipticity e into (e + g) / (1 + g* e).
+        slopes = np.array([1 - e @ e, 1 + e @ e])
+        along, across = slopes * np.sqrt(np.diag(frame @ shear @ frame.T))
         return MAGNITUDES * np.sqrt(covariance[band, band]), along, across

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from .training import (
     train_vae,
     warm_start,
 )
-from .weights import CARD, Network, available, load, save
+from .weights import CARD, Network, available, checkpoints, load, save
 
 
 @dataclass(frozen=True)
@@ -172,14 +171,13 @@ def main(arguments: list[str] | None = None) -> None:
         galaxies = catalogue(args.catalogue or recipe.catalogue, real=recipe.realistic)
     except ValueError as error:
         parser.error(str(error))
-    checkpoints = out / f"{args.name}.checkpoints"
+    place = checkpoints(out / args.name)
     try:
-        network = train(args.name, galaxies, sizes, checkpoints, start, args.seed)
+        network = train(args.name, galaxies, sizes, place, start, args.seed)
     except OtherTraining as error:
         parser.error(str(error))
     network.card |= made
     save(network, out / args.name, share=share)
-    shutil.rmtree(checkpoints)
 
 
 def _begin(

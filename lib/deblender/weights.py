@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import threading
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -287,6 +288,11 @@ def lineage(card: dict) -> list[dict]:
     return cards
 
 
+def checkpoints(folder: Path) -> Path:
+    """Where a training goes on until `save` puts its network into `folder`."""
+    return folder.with_name(f"{folder.name}.checkpoints")
+
+
 def save(
     network: Network, folder: str | os.PathLike, share: dict[str, str] | None = None
 ) -> None:
@@ -294,6 +300,7 @@ def save(
 
     `share` maps a part to a file elsewhere, relative to `folder` (`{"decoder":
     "../lsst/decoder.safetensors"}`), for a part that another network holds already.
+    The `checkpoints` of its training are then of no more use, and removed.
 
     Raises ValueError for a survey of one's own: a card has but the name of a survey.
     """
@@ -318,6 +325,7 @@ def save(
         files[part] = {"file": name, "sha256": _sha256(content)}
     card = _card(replace(network, card=_brief(network)), files)
     write_together(folder, contents | {CARD: _readable(card).encode()})
+    shutil.rmtree(checkpoints(folder), ignore_errors=True)
 
 
 def _brief(network: Network) -> dict:
