@@ -56,11 +56,11 @@ def whole(tmp_path_factory):
 
 def test_killed_in_mid_epoch_it_goes_on_to_the_same_bits(whole, tmp_path):
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    log = tmp_path / "history.json"
+    log, saved = tmp_path / "history.json", tmp_path / "last.safetensors"
     root = Path(__file__).parents[1]
     with subprocess.Popen(command, cwd=root) as process:
         deadline = time.monotonic() + 300
-        while not log.exists() and process.poll() is None:
+        while not saved.exists() and process.poll() is None:
             assert time.monotonic() < deadline, "no epoch in five minutes"
             time.sleep(0.01)
         time.sleep(0.05)  # into the next epoch
@@ -178,6 +178,16 @@ def test_best_epoch_is_kept_and_training_stops_without_improvement(
     best = variables(tmp_path / "best.safetensors")
     for value, weight in zip(best.values(), model.weights, strict=True):
         np.testing.assert_array_equal(value, weight.numpy())
+
+
+def test_the_log_grows_within_an_epoch(tmp_path):
+    recorder = SimpleNamespace(history=History(images_seen=30), steps=4, every=3)
+    checkpoint = fitting.Checkpoint(tmp_path, recorder, {})
+    checkpoint.on_train_batch_end(3)
+    assert not checkpoint.log.exists()
+    recorder.steps += 2
+    checkpoint.on_train_batch_end(5)
+    assert json.loads(checkpoint.log.read_text())["images_seen"] == 30
 
 
 def test_history_says_how_long_and_how_many(whole):

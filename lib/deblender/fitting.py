@@ -114,8 +114,9 @@ class Checkpoint(keras.callbacks.Callback):
     """Writes, at the end of each epoch, all that a training needs to go on.
 
     One file has the variables of model and optimiser and the history, another the
-    model of the epoch of lowest validation loss, the typical one where it is watched;
-    each is written whole or not at all.
+    model of the epoch of lowest validation loss, the typical one where it is watched.
+    The log, for who looks on, grows with each point of the curve. Each is written whole
+    or not at all.
     """
 
     def __init__(self, folder: Path, recorder: Recorder, setting: dict):
@@ -149,6 +150,10 @@ class Checkpoint(keras.callbacks.Callback):
             self.recorder.batches.on_epoch_end()
         return state["epochs"]
 
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if self.recorder.steps % self.recorder.every == 0:
+            self._log()
+
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         history = asdict(self.recorder.history)
         if self.best_epoch() == len(self._losses()):
@@ -156,9 +161,13 @@ class Checkpoint(keras.callbacks.Callback):
         state = {"epochs": epoch + 1, "setting": self.setting, "history": history}
         state |= {"last_point": self.recorder.last_point}
         write_whole(self.last, dump_variables(self._variables(self.model), state))
-        write_whole(self.log, json.dumps(history, indent=1).encode())
+        self._log()
         if self.over():
             self.model.stop_training = True
+
+    def _log(self) -> None:
+        history = asdict(self.recorder.history)
+        write_whole(self.log, json.dumps(history, indent=1).encode())
 
     def over(self) -> bool:
         """Whether the validation loss has stopped improving."""
