@@ -6,7 +6,7 @@ import pytest
 from astropy.io import fits
 
 import deblender
-from deblender.catalogues import LIMITING_MAGNITUDE, _bandpass
+from deblender.catalogues import LIMITING_MAGNITUDE, _bandpass, cache_folder
 from deblender.drawing import draw
 from deblender.synthetic import write_stamps
 
@@ -84,6 +84,13 @@ def _assert_drawn_as_by_galsim(stamps, row):
         strict=True,
     ):
         np.testing.assert_allclose(image, expected, atol=1e-6 * expected.max())
+
+
+def test_an_empty_variable_moves_no_cache(monkeypatch):
+    monkeypatch.delenv("DEBLENDER_CACHE", raising=False)
+    usual = cache_folder()
+    monkeypatch.setenv("DEBLENDER_CACHE", "")
+    assert cache_folder() == usual
 
 
 def test_missing_catalogue_says_how_to_get_it(tmp_path):

@@ -52,7 +52,7 @@ def test_a_network_sees_its_own_bands_only(synthetic, survey, scenes):
     oracle = Oracle(survey, ten.target[..., :6])
     evaluate(oracle, ten)
     np.testing.assert_array_equal(oracle.shown[0], ten.noisy[..., :6])
-    with pytest.raises(ValueError, match="unknown band 'VIS'"):
+    with pytest.raises(ValueError, match="unknown lsst band 'VIS'"):
         evaluate(Oracle(ten.survey, ten.target), scenes)
 
 

@@ -159,8 +159,15 @@ def test_bright_targets_come_nearer_to_the_truth(network, moments, bright):
 
 def test_other_cameras_and_networks_are_refused(network, known, moments, synthetic):
     several = deblender.simulate(synthetic, deblender.survey("lsst+euclid"), 2, seed=5)
-    with pytest.raises(ValueError, match="of cameras LSST, VIS, NISP; accepted: one"):
+    with pytest.raises(ValueError, match="'lsst.euclid' for a network of 'lsst'; acc"):
         joint.refine(network, several, moments)
+    ten = deblender.load("lsst+euclid")
+    with pytest.raises(ValueError, match="of cameras LSST, VIS, NISP; accepted: one"):
+        joint.refine(ten, several, moments)
+    shallow = [replace(b, exposure=b.exposure / 9) for b in network.survey.bands]
+    mine = replace(known, survey=replace(network.survey, bands=tuple(shallow)))
+    with pytest.raises(ValueError, match="survey 'lsst' for a network of 'lsst'"):
+        joint.refine(network, mine, moments)
     with pytest.raises(ValueError, match="a paper network; accepted: a linear one"):
         joint.second_moments(deblender.load("lsst-paper"), known)
     few, untied = known.take(slice(2)), replace(network, correlation=None)

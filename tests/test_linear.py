@@ -214,6 +214,12 @@ def test_isolated_galaxies_go_through_the_deblender(network, blends):
     np.testing.assert_array_equal(one.image, other.image)
 
 
+def test_a_training_of_no_epochs_is_refused(synthetic):
+    survey = deblender.survey("lsst")
+    with pytest.raises(ValueError, match="received no epochs of either kind; accepted"):
+        training.train_linear(synthetic, survey, 8, 8, 0)
+
+
 def test_linear_decoder_does_not_dream(network):
     with pytest.raises(ValueError, match="linear decoder; accepted: a VAE"):
         network.generate(2, np.random.default_rng(1))

@@ -157,7 +157,10 @@ def test_blendedness_of_two_gaussians(distance, flux):
 def test_blendedness_works_on_many_scenes_at_once():
     target = np.stack([gaussian()] * 3)
     other = np.stack([gaussian(x=d) for d in (0, 3, 6)])
-    assert m.b_closest(target, other).shape == m.b_total(target, other).shape == (3,)
+    overlap = np.exp(-(np.array([0, 3, 6]) ** 2) / (4 * 3.0**2))
+    np.testing.assert_allclose(m.b_closest(target, other), overlap, atol=1e-6)
+    total = m.b_total(target, target + other)
+    np.testing.assert_allclose(total, overlap / (1 + overlap), atol=1e-6)
 
 
 def test_errors_are_output_minus_target():

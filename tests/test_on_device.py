@@ -201,6 +201,16 @@ def test_devices_that_share_batches_learn_what_one_learns(
         assert np.linalg.norm(two - one) <= 0.05 * np.linalg.norm(one)
 
 
+def test_noise_of_training_validation_and_latent_draws_is_of_different_streams(scenes):
+    batches = Batches(scenes, Normalisation(np.full(10, 5000.0)), 20, seed=1)
+    model = vae(10, seed=1)
+    device = OnDevice(model, batches, cross_entropy)
+    seeds = device.generator, device.alone, model.sampling.generator, batches.seed + 1
+    draws = [keras.random.normal((200,), seed=seed) for seed in seeds]
+    correlation = np.corrcoef([keras.ops.convert_to_numpy(each) for each in draws])
+    assert np.abs(correlation - np.eye(4)).max() < 0.35  # 5 sigma
+
+
 def test_a_training_does_not_change_who_composes(
     scenes, decoder, monkeypatch, tmp_path
 ):
@@ -219,5 +229,6 @@ def test_a_card_names_the_accelerators(monkeypatch):
     assert on_device.accelerator_names() == ["gpu:0", "gpu:1"]
 
 
-def test_a_processor_alone_is_no_accelerator():
+def test_a_processor_alone_is_no_accelerator(monkeypatch):
+    monkeypatch.setattr(on_device, "devices", lambda: ["cpu:0"])
     assert on_device.accelerators() == len(on_device.accelerator_names()) == 0

@@ -39,7 +39,7 @@ def test_places_are_those_of_the_light(synthetic):
         images *= np.hypot(y - 31.5, x - 31.5) < 25  # wings leave the stamp unevenly
         total = images.sum(axis=(1, 2))
         found = [(images * g).sum(axis=(1, 2)) / total for g in (y, x)]
-        np.testing.assert_allclose(np.transpose(found), places, atol=1.0)
+        np.testing.assert_allclose(np.transpose(found), places, atol=0.3)
         assert len(places) == scenes.counts[i]
 
 

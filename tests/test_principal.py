@@ -94,4 +94,4 @@ def test_more_bands_start_from_fewer(synthetic, warm):
     more = training.warm_start(synthetic, ten, 16, 16, 1, start=warm)
     scale = warm.normalisation.scale
     np.testing.assert_array_equal(more.normalisation.scale[:6], scale)
-    assert more.card["start"]["survey"] == "lsst"
+    assert more.card["start"]["card"]["survey"] == "lsst"

@@ -369,6 +369,7 @@ def test_batches_and_take_keep_the_noise(blends):
         ({"split": "dev"}, "unknown split 'dev'; accepted: train"),
         ({"n_scenes": 0}, "received n_scenes=0"),
         ({"max_galaxies": 0}, "max_galaxies=0"),
+        ({"seed": -1}, "seed=-1; accepted: .* 0 or more"),
         ({"shear": (1.0, 0.5)}, r"received shear=\(1.0, 0.5\)"),
     ],
 )

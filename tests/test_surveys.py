@@ -1,5 +1,7 @@
 """The surveys are those of the paper, and say what they do not know."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -30,6 +32,17 @@ def test_bands_of_one_camera_have_to_stand_together():
     with pytest.raises(ValueError, match=r"g \(LSST\), VIS \(VIS\), r .*accepted"):
         Survey("mine", (g, vis, r))
     assert Survey("mine", (vis, g, r)).cameras[1] == (g.instrument, slice(1, 3))
+
+
+def test_names_of_a_survey_say_what_they_are_of():
+    g, r = survey("lsst").bands[1:3]
+    blurred = replace(g, instrument=replace(g.instrument, psf_fwhm=1.5))
+    with pytest.raises(ValueError, match="instruments LSST, LSST; accepted: each of a"):
+        Survey("mine", (blurred, r))
+    with pytest.raises(ValueError, match="bands r, r; accepted: each of a name"):
+        Survey("mine", (r, r))
+    with pytest.raises(ValueError, match="model 'gaussian'; accepted: kolmogorov, mof"):
+        replace(g.instrument, psf_model="gaussian")
 
 
 def test_one_camera_is_asked_for_where_pixels_have_to_be_of_one_size():
@@ -67,7 +80,7 @@ def test_magnitude_of_nothing_is_nan():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="unknown survey 'des'; accepted: lsst"):
         survey("des")
-    with pytest.raises(ValueError, match="unknown band 'VIS' of survey 'lsst'"):
+    with pytest.raises(ValueError, match="unknown lsst band 'VIS'; accepted: u, g"):
         survey("lsst").index("VIS")
 
 

@@ -124,7 +124,7 @@ def test_another_survey_starts_from_trained_bands(synthetic):
     np.testing.assert_array_equal(
         ten.normalisation.scale[:6], prior.normalisation.scale
     )
-    assert ten.card["start"]["survey"] == "lsst"
+    assert ten.card["start"]["card"]["survey"] == "lsst"
 
 
 def test_devices_that_share_a_batch_get_as_many_scenes(

@@ -23,7 +23,7 @@ def network():
         Normalisation(np.full(6, 5000.0)),
         vae.encoder,
         vae.decoder,
-        networks.deblender(vae.encoder, vae.decoder).encoder,
+        networks.deblender(vae.encoder, vae.decoder, seed=1).encoder,
         {"images_seen": {"vae": 0, "deblender": 0}},
     )
 
@@ -53,6 +53,18 @@ def test_a_decoder_can_be_shared(network, tmp_path):
     a, b = deblender.load(tmp_path / "a"), deblender.load(tmp_path / "b")
     for x, y in zip(a.decoder.weights, b.decoder.weights, strict=True):
         np.testing.assert_array_equal(x.numpy(), y.numpy())
+
+
+def test_a_decoder_of_other_weights_is_not_shared(network, tmp_path):
+    weights.save(network, tmp_path / "a")
+    other = replace(network, decoder=networks.vae(6, seed=2).decoder)
+    with pytest.raises(
+        ValueError, match="of other weights .* decoder; accepted: a file"
+    ):
+        weights.save(
+            other, tmp_path / "b", share={"decoder": "../a/decoder.safetensors"}
+        )
+    assert not (tmp_path / "b" / "card.json").exists()
 
 
 def test_what_was_loaded_and_changed_has_a_card_of_its_own(network, tmp_path):

@@ -16,7 +16,7 @@ from astropy.table import Table
 
 from . import synthetic
 from .files import make_once
-from .surveys import Survey, survey
+from .surveys import Survey, check_known, survey
 
 LIMITING_MAGNITUDE = 27.5  # r band, AB (section 2.1.2)
 N_TEST = 5000  # galaxies kept for the test sample alone (section 2.1)
@@ -38,7 +38,7 @@ SYNTHETIC = {
 def cache_folder() -> Path:
     """Folder of everything that can be computed again; `DEBLENDER_CACHE` moves it."""
     default = platformdirs.user_cache_path("deblender")
-    return Path(os.environ.get("DEBLENDER_CACHE", default))
+    return Path(os.environ.get("DEBLENDER_CACHE") or default)
 
 
 @cache
@@ -106,8 +106,7 @@ class Catalogue:
 
         Raises ValueError for another name.
         """
-        if name not in SPLITS:
-            raise ValueError(f"unknown split {name!r}; accepted: {', '.join(SPLITS)}")
+        check_known("split", name, SPLITS)
         # Of the whole table: fits leave out a few galaxies of which there are images.
         n = self.table_size
         order = np.random.default_rng(n).permutation(n)
@@ -177,8 +176,8 @@ def catalogue(name: str | os.PathLike = "synthetic", real: bool = False) -> Cata
             f"catalogue {str(name)!r}: no real_galaxy_catalog_*.fits with "
             f"{'its images' if real else 'its parametric fits'} in {folder}; accepted: "
             "'synthetic', with images 'synthetic-noiseless' too, or a folder holding "
-            "GalSim's COSMOS files, which "
-            "`galsim_download_cosmos -s 25.2 -d FOLDER` downloads (4.4 GB)"
+            "GalSim's COSMOS files, such as FOLDER/COSMOS_25.2_training_sample after "
+            "`galsim_download_cosmos -s 25.2 -d FOLDER --nolink` (4.4 GB)"
         )
     return _read(str(name), mains[0], real)
 

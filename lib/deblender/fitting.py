@@ -126,12 +126,11 @@ class Checkpoint(keras.callbacks.Callback):
         self.log = folder / "history.json"
         folder.mkdir(parents=True, exist_ok=True)
 
-    def resume(self, model: keras.Model, example) -> int:
+    def resume(self, model: keras.Model) -> int:
         """Go back to the last checkpoint; returns the number of epochs done.
 
-        `example` is an input of `model`, whose first weights are a part of the setting.
+        The first weights of `model`, which is built, are a part of the setting.
         """
-        model(example)  # creates what is restored
         model.optimizer.build(model.trainable_variables)
         self.setting["start"] = _digest(model.get_weights())
         if not self.last.is_file():
@@ -216,16 +215,15 @@ def fit(
         raise ValueError(f"received {epochs} epochs; accepted: one or more")
     optimiser = _adam(epochs * len(batches), learning_rate, loss)
     setting = _setting(batches, validation, epochs, learning_rate, loss)
-    recorder, fed = Recorder(batches, epochs, watch), batches
-    if accelerators() and composes(batches):
-        model, fed, loss = OnDevice(model, batches, loss), UnitBatches(batches), None
-        validation = validation and UnitBatches(validation)
+    recorder = Recorder(batches, epochs, watch)
+    model, fed, validation, loss = _composing(model, batches, validation, loss)
     model.compile(optimiser, loss=loss)
+    model(fed[0][0])  # creates what a checkpoint restores
     checkpoint, done = None, 0
     if folder is not None:
         setting["on_device"] = loss is None
         checkpoint = Checkpoint(folder, recorder, setting)
-        done = checkpoint.resume(model, fed[0][0])
+        done = checkpoint.resume(model)
     if done < epochs and not (done and checkpoint.over()):
         # NumPy's threads would wait in the way of those of the network.
         with threadpool_limits(1, "blas"):
@@ -243,6 +241,16 @@ def fit(
         fill_variables(model.weights, checkpoint.best)
         recorder.history.kept = checkpoint.best_epoch() or epochs
     return recorder.history
+
+
+def _composing(
+    model: keras.Model, batches: Batches, validation: Batches | None, loss: Callable
+) -> tuple:
+    """Model, batches of both kinds and loss for `fit`: a GPU composes, and adds it."""
+    if not (accelerators() and composes(batches)):
+        return model, batches, validation, loss
+    on_device = OnDevice(model, batches, loss)
+    return on_device, UnitBatches(batches), validation and UnitBatches(validation), None
 
 
 def _setting(

@@ -28,9 +28,9 @@ def second_moments(network: Network, scenes: Scenes) -> np.ndarray:
     Of the noiseless targets of `scenes`, which should be isolated training galaxies.
     Brightness is the signal-to-noise ratio of `linear.amplitudes`.
 
-    Raises ValueError for a network that is not linear.
+    Raises ValueError for a network that is not linear, or scenes of another survey.
     """
-    _check_linear(network)
+    _check(network, scenes)
     vectors = network.code.of_all_sides(scenes).astype(float)
     return vectors.T @ vectors / len(vectors)
 
@@ -48,10 +48,11 @@ def refine(
     fitted as its neighbours are. Chapter 7, eq. (eq-joint).
     Returns (scene, y, x, band), electrons.
 
-    Raises ValueError for scenes of several cameras, or a network that is not linear or,
-    asked for its encoder, does not know how its errors go together.
+    Raises ValueError for scenes of several cameras or of another survey than that of
+    the network, or a network that is not linear or, asked for its encoder, does not
+    know how its errors go together.
     """
-    _check_linear(network)
+    _check(network, scenes)
     if encoder and network.correlation is None:
         raise ValueError(
             "received a network without the correlation of its errors; accepted: one "
@@ -78,10 +79,15 @@ def refine(
     return network.decode(np.array(latent, dtype=np.float32))
 
 
-def _check_linear(network: Network) -> None:
+def _check(network: Network, scenes: Scenes) -> None:
     if network.architecture != "linear":
         raise ValueError(
             f"received a {network.architecture} network; accepted: a linear one"
+        )
+    if scenes.survey != network.survey:
+        raise ValueError(
+            f"received scenes of survey {scenes.survey.name!r} for a network of "
+            f"{network.survey.name!r}; accepted: of one and the same, sky and all"
         )
 
 

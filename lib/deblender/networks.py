@@ -218,7 +218,7 @@ def calibration_loss(code, latent):
 class Sampling(layers.Layer):
     """Draw from the latent Gaussian: mean + width * standard normal."""
 
-    def __init__(self, seed: int | None = None, **kwargs):
+    def __init__(self, seed: int, **kwargs):
         super().__init__(**kwargs)
         self.generator = keras.random.SeedGenerator(seed)
 
@@ -238,11 +238,10 @@ class Autoencoder(keras.Model):
         self,
         encoder: keras.Model,
         decoder: keras.Model,
+        seed: int,
         freeze_decoder: bool = False,
-        seed: int | None = None,
-        **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.decoder.trainable = not freeze_decoder
         self.sampling = Sampling(seed, **EXACT)
@@ -253,16 +252,13 @@ class Autoencoder(keras.Model):
         return self.decoder(self.sampling([mean, width]))  # (batch, y, x, band)
 
 
-def vae(n_bands: int, seed: int | None = None) -> Autoencoder:
+def vae(n_bands: int, seed: int) -> Autoencoder:
     """A VAE of the paper's architecture with fresh weights, the same for a seed."""
-    if seed is not None:
-        keras.utils.set_random_seed(seed)  # of the initial weights
+    keras.utils.set_random_seed(seed)  # of the initial weights
     return Autoencoder(encoder(n_bands), decoder(n_bands), seed=seed)
 
 
-def deblender(
-    first: keras.Model, decoder: keras.Model, seed: int | None = None
-) -> Autoencoder:
+def deblender(first: keras.Model, decoder: keras.Model, seed: int) -> Autoencoder:
     """A second encoder before the frozen decoder of a trained VAE (section 3.3).
 
     The new encoder starts from another, which is the VAE's in the paper; starting at

@@ -57,11 +57,14 @@ class OnDevice(keras.Model):
         # Fluxes and stamps keep their digits, whatever the precision of `model`.
         super().__init__(dtype="float32", autocast=False)
         self.model, self.loss_of, self.batches = model, loss, batches
-        self.generator = keras.random.SeedGenerator(batches.seed)
+        # Of their own: a VAE's latent draws begin with the seed itself.
+        seeds = np.random.SeedSequence(batches.seed).generate_state(2) >> 1
+        self.alone, begin = map(int, seeds)
+        self.generator = keras.random.SeedGenerator(begin)
 
     def call(self, units: dict, training: bool = False):
         # Validation sees one and the same noise in each of its batches and epochs.
-        seed = self.generator if training else self.batches.seed
+        seed = self.generator if training else self.alone
         noisy, answer = self.pairs(*self.galaxies(units), seed)
         said = self.model(noisy)
         self.add_loss(ops.mean(self.loss_of(answer, said)))

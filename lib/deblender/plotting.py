@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from astropy.table import Table
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, ConnectionPatch, Patch, Rectangle
@@ -109,9 +110,14 @@ def _log_axis(ax: Axes, low: float, high: float) -> None:
     subs = (1, 2, 5) if decades < 1.9 else (1, 3) if decades < 2.7 else (1,)
     ax.set_xscale("log")
     ax.set_xlim(low, high)
-    ax.xaxis.set_major_locator(LogLocator(subs=subs))
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    _plain_numbers(ax.xaxis, subs)
+
+
+def _plain_numbers(axis: Axis, subs: tuple[int, ...]) -> None:
+    """Label a logarithmic axis at these multiples of powers of ten, and only there."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def rgb(
@@ -611,9 +617,7 @@ def half_widths(
     fig = lines_in_bins(rows, [(label, edges) for label, _, edges in xs], ylabels)
     for ax in fig.axes:
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        _plain_numbers(ax.yaxis, (1, 2, 5))
     return fig
 
 

@@ -6,6 +6,7 @@ those stamps and the fluxes; bands and noise are composed from them when asked f
 """
 
 import hashlib
+import io
 import json
 import os
 import warnings
@@ -29,9 +30,16 @@ from tqdm import tqdm
 
 from .catalogues import SPLITS, Catalogue, cache_folder, catalogue
 from .drawing import draw
-from .files import make_once
+from .files import make_once, write_whole
 from .measurement import b_closest, b_total, ellipticities, signal_to_noise
-from .surveys import STAMP_CENTRE, STAMP_SIZE, Survey, per_pixel, survey
+from .surveys import (
+    STAMP_CENTRE,
+    STAMP_SIZE,
+    Survey,
+    check_known,
+    per_pixel,
+    survey,
+)
 from .workers import spread
 
 if TYPE_CHECKING:
@@ -223,10 +231,10 @@ def simulate(
     `cache_folder()` and resumed after an interruption; a process that asks for scenes
     which another is drawing waits for them. A seed gives the same bits whoever draws.
 
-    Raises ValueError for an unknown centring or split, a number of scenes or galaxies
-    below one, or a shear of one or more.
+    Raises ValueError for an unknown centring or split, one without galaxies, a number
+    of scenes or galaxies below one, a seed below zero, or a shear of one or more.
     """
-    _check(n_scenes, max_galaxies, centring, split, shear)
+    _check(n_scenes, max_galaxies, centring, seed, split, shear)
     task = _Task(
         catalogue=(catalogue.name, catalogue.real, catalogue.digest),
         survey=survey,
@@ -244,18 +252,14 @@ def simulate(
 
 
 def _check(
-    n_scenes: int, max_galaxies: int, centring: str, split: str, shear: tuple
+    n_scenes: int, max_galaxies: int, centring: str, seed: int, split: str, shear: tuple
 ) -> None:
-    if centring not in CENTRINGS:
+    check_known("centring", centring, CENTRINGS)
+    check_known("split", split, SPLITS)
+    if n_scenes < 1 or max_galaxies < 1 or seed < 0:
         raise ValueError(
-            f"unknown centring {centring!r}; accepted: {', '.join(CENTRINGS)}"
-        )
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; accepted: {', '.join(SPLITS)}")
-    if n_scenes < 1 or max_galaxies < 1:
-        raise ValueError(
-            f"received n_scenes={n_scenes}, max_galaxies={max_galaxies}; accepted: 1 "
-            "or more of each"
+            f"received n_scenes={n_scenes}, max_galaxies={max_galaxies}, seed={seed}; "
+            "accepted: 1 or more of each of the first, 0 or more"
         )
     if np.hypot(*shear) >= 1:
         raise ValueError(f"received shear={shear}; accepted: |g| < 1")
@@ -355,6 +359,11 @@ class _Painter:
         self.survey = task.survey
         self.magnitudes = self.catalogue.magnitudes(self.survey)  # (galaxy, band)
         self.split = self.catalogue.split(task.split)
+        if not len(self.split):
+            raise ValueError(
+                f"received catalogue {task.catalogue[0]!r} of {len(self.catalogue)} "
+                f"galaxies, none in its split {task.split!r}; accepted: one with some"
+            )
 
     def arrange(self, scene: int, count: int) -> _Scene:
         """Draw galaxies, rotations and positions of one scene."""
@@ -576,10 +585,14 @@ def _keep_chunk(
         stored = np.load(_stamp_file(folder, name), mmap_mode="r+")
         stored[first : first + len(values)] = values
         stored.flush()
-    scratch = _chunk(folder, start).with_suffix(".scratch.npz")
-    np.savez(scratch, flux=flux, truth=truth.as_array())
-    os.replace(scratch, _chunk(folder, start))
+    _write_npz(_chunk(folder, start), flux=flux, truth=truth.as_array())
     return len(truth)
+
+
+def _write_npz(file: Path, **arrays: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write_whole(file, content.getvalue())
 
 
 def _allocate(folder: Path, task: _Task, n_galaxies: int) -> None:
@@ -599,7 +612,7 @@ def _allocate(folder: Path, task: _Task, n_galaxies: int) -> None:
 def _merge(folder: Path, starts: range) -> None:
     chunks = [dict(np.load(_chunk(folder, start))) for start in starts]
     merged = {k: np.concatenate([c[k] for c in chunks]) for k in chunks[0]}
-    np.savez(folder / "truth.npz", **merged)
+    _write_npz(folder / "truth.npz", **merged)
 
 
 def _open(folder: Path, task: _Task) -> Scenes:

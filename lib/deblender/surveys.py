@@ -5,9 +5,9 @@ simulation it describes) is written here; pixel scales come from `surveycodex` a
 passbands from `speclite`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import galsim
@@ -18,23 +18,40 @@ STAMP_SIZE = 64  # pixels along a side, whatever the instrument (section 2.1.2)
 STAMP_CENTRE = (STAMP_SIZE - 1) / 2  # where it is, in pixels from the first
 REFERENCE_BAND = "r"  # shapes, magnitudes and blendedness are measured in this band
 EUCLID_MOFFAT_BETA = 2.5
+PSFS = {
+    "kolmogorov": galsim.Kolmogorov,
+    "moffat": partial(galsim.Moffat, beta=EUCLID_MOFFAT_BETA),
+}
+
+
+def check_known(kind: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name that is not a known one, and list these.
+
+    Raises ValueError for one.
+    """
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; accepted: {', '.join(known)}")
 
 
 @dataclass(frozen=True)
 class Instrument:
-    """A camera: one pixel scale (arcsec) and one PSF (FWHM in arcsec)."""
+    """A camera: one pixel scale (arcsec) and one PSF (FWHM in arcsec).
+
+    Raises ValueError for a `psf_model` that is none of PSFS.
+    """
 
     name: str
     pixel_scale: float
     psf_model: str
     psf_fwhm: float
 
+    def __post_init__(self) -> None:
+        check_known("PSF model", self.psf_model, PSFS)
+
     @property
     def psf(self) -> galsim.GSObject:
         """The PSF as a GalSim profile of unit flux, atmosphere and optics included."""
-        if self.psf_model == "kolmogorov":
-            return galsim.Kolmogorov(fwhm=self.psf_fwhm)
-        return galsim.Moffat(beta=EUCLID_MOFFAT_BETA, fwhm=self.psf_fwhm)
+        return PSFS[self.psf_model](fwhm=self.psf_fwhm)
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,8 @@ class Band:
 class Survey:
     """An ordered set of bands; image arrays have one channel a band, in this order.
 
-    Raises ValueError unless the bands of each instrument follow one another.
+    Raises ValueError unless the bands of each instrument follow one another, and if two
+    bands or two instruments have the same name.
     """
 
     name: str
@@ -85,6 +103,13 @@ class Survey:
                 f"survey {self.name!r} received bands {names}; accepted: those of one "
                 "instrument after another"
             )
+        cameras = tuple(instrument.name for instrument in self.instruments)
+        for kind, names in (("bands", self.band_names), ("instruments", cameras)):
+            if len(set(names)) < len(names):
+                raise ValueError(
+                    f"survey {self.name!r} received {kind} {', '.join(names)}; "
+                    "accepted: each of a name of its own"
+                )
 
     @cached_property
     def band_names(self) -> tuple[str, ...]:
@@ -135,11 +160,7 @@ class Survey:
 
         Raises ValueError for a band the survey does not have.
         """
-        if band not in self.band_names:
-            raise ValueError(
-                f"unknown band {band!r} of survey {self.name!r}; "
-                f"accepted: {', '.join(self.band_names)}"
-            )
+        check_known(f"{self.name} band", band, self.band_names)
         return self.band_names.index(band)
 
     def channels(self, other: "Survey") -> list[int]:
@@ -244,6 +265,5 @@ def survey(name: str) -> Survey:
 
     Raises ValueError for an unknown name. Arcelin et al. 2021, section 2.1.
     """
-    if name not in SURVEYS:
-        raise ValueError(f"unknown survey {name!r}; accepted: {', '.join(SURVEYS)}")
+    check_known("survey", name, SURVEYS)
     return Survey(name, SURVEYS[name]())

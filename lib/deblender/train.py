@@ -21,7 +21,7 @@ from .catalogues import Catalogue, catalogue
 from .files import data_folder
 from .fitting import OtherTraining
 from .on_device import accelerator_names, accelerators, devices, processor
-from .surveys import survey
+from .surveys import check_known, survey
 from .training import (
     check_start,
     train_deblender,
@@ -29,7 +29,7 @@ from .training import (
     train_vae,
     warm_start,
 )
-from .weights import CARD, Network, available, checkpoints, load, save
+from .weights import CARD, Network, available, load, save
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,7 @@ def sizes_of(profile: str) -> Sizes:
     """
     folder = data_folder("profiles", "book/params")
     known = {file.stem: file for file in folder.glob("*.yml")}
-    if profile not in known:
-        raise ValueError(
-            f"unknown profile {profile!r}; accepted: {', '.join(sorted(known))}"
-        )
+    check_known("profile", profile, sorted(known))
     values = yaml.safe_load(known[profile].read_text())["03_vae_prior"]
     return Sizes(**{k: values[k] for k in ("n_train", "n_validation", "epochs")})
 
@@ -105,7 +102,7 @@ def train(
     start: Network | None = None,
     seed: int = 1,
 ) -> Network:
-    """Train the network called `name`, with checkpoints in `folder`."""
+    """Train the network called `name`, with checkpoints beside `folder`."""
     recipe = RECIPES[name]
     of, n = survey(recipe.survey), (sizes.n_train, sizes.n_validation, sizes.epochs)
     rest = {"centring": recipe.centring, "seed": seed, "folder": folder}
@@ -171,13 +168,13 @@ def main(arguments: list[str] | None = None) -> None:
         galaxies = catalogue(args.catalogue or recipe.catalogue, real=recipe.realistic)
     except ValueError as error:
         parser.error(str(error))
-    place = checkpoints(out / args.name)
+    place = out / args.name
     try:
         network = train(args.name, galaxies, sizes, place, start, args.seed)
     except OtherTraining as error:
         parser.error(str(error))
     network.card |= made
-    save(network, out / args.name, share=share)
+    save(network, place, share=share)
 
 
 def _begin(
@@ -247,6 +244,12 @@ def _sizes(args: argparse.Namespace, recipe: Recipe) -> Sizes:
     return replace(sizes, **given)
 
 
+def _seed(text: str) -> int:
+    if (seed := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"received {seed}; accepted: 0 or more")
+    return seed
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m deblender.train", description=__doc__)
     add = parser.add_argument
@@ -264,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--start", metavar="NAME", help="network to begin with, not that of the recipe")
     add("--precision", default="float32", choices=PRECISIONS, help="[%(default)s]")
-    add("--seed", type=int, default=1, help="of scenes, weights, draws [%(default)s]")
+    add("--seed", type=_seed, default=1, help="of scenes, weights, draws [%(default)s]")
     return parser
 
 

@@ -36,7 +36,7 @@ from .normalisation import NoiseUnits, Normalisation, fit_normalisation
 from .principal import fit_code
 from .simulation import Scenes, simulate
 from .surveys import Survey
-from .weights import Network
+from .weights import Network, checkpoints
 
 CONSTANTS_FROM = 2000  # scenes, enough for eq. 4 and for principal components
 LINEAR_BATCH_SIZE = 64
@@ -66,7 +66,8 @@ def warm_start(
     the code of the target of a blend. Give the result to `train_vae` as `start`: not of
     the paper, and spares it a long plateau. `start`, a network of fewer bands, gives
     weights, and the code is then made of its bands alone, as its own was. With a
-    `folder`, an interrupted warm start goes on from its last epoch (see `fit`).
+    `folder`, that which `save` will put the network into, an interrupted training goes
+    on from its last epoch (see `fit`), here and in those below.
 
     Raises ValueError for a `start` of another architecture, or of bands beyond these.
     """
@@ -189,7 +190,8 @@ def train_linear(
     without it, they are those of galaxies of the centring `components`. `"peak"` serves
     networks of any centring, `"exact"` draws centred galaxies with fewer.
 
-    Raises ValueError for a `start` of another architecture or survey.
+    Raises ValueError for a `start` of another architecture or survey, or no epochs of
+    either kind.
     """
     check_start(start, "linear", survey)
     # Half of it spares what is known; bias is taught at a fraction anyway.
@@ -200,6 +202,11 @@ def train_linear(
     swap = {"swap_neighbours": centring == "exact"}
     card = _new_card(catalogue, centring, seed, batch_size, start)
     few = -(-epochs // CALIBRATION) if calibration is None else calibration
+    if not (epochs or few):
+        raise ValueError(
+            "received no epochs of either kind; accepted: one or more, by the "
+            "likelihood or against bias"
+        )
     stages = (
         ("deblender", EncoderBatches, 1, latent_likelihood, epochs, 1),
         ("calibration", RepeatedBatches, COPIES, calibration_loss, few, GENTLY),
@@ -248,7 +255,7 @@ def _stage(
     Of the card's own `images_seen` are those until the epoch that the model was left
     with, of the stage's those of all epochs that ran.
     """
-    place = folder and folder / name
+    place = folder and checkpoints(folder) / name
     history = fit(model, *pair, epochs, learning_rate, loss, place, watch)
     scenes = len(pair[0].scenes)
     card["images_seen"][name] = scenes * history.kept
@@ -380,7 +387,7 @@ def _begin(
 
 def _origin(start: Network) -> dict:
     kind = {"survey": start.survey.name, "architecture": start.architecture}
-    return {"survey": start.survey.name, "card": start.card | kind}
+    return {"card": start.card | kind}
 
 
 def _new_card(

@@ -302,7 +302,8 @@ def save(
     "../lsst/decoder.safetensors"}`), for a part that another network holds already.
     The `checkpoints` of its training are then of no more use, and removed.
 
-    Raises ValueError for a survey of one's own: a card has but the name of a survey.
+    Raises ValueError for a survey of one's own, as a card has but the name of a survey,
+    and for a file to share that holds other weights.
     """
     if network.survey.name not in SURVEYS or network.survey != survey(
         network.survey.name
@@ -317,11 +318,17 @@ def save(
     for part in PARTS:
         if getattr(network, part) is None:
             continue
-        name = share.get(part, f"{part}.safetensors")
-        if part in share:
-            content = (folder / name).read_bytes()
-        else:
-            content = contents[name] = _dump(_own(network, part))
+        name, content = (
+            share.get(part, f"{part}.safetensors"),
+            _dump(_own(network, part)),
+        )
+        if part not in share:
+            contents[name] = content
+        elif (folder / name).read_bytes() != content:
+            raise ValueError(
+                f"received {folder / name} to share, of other weights than those of "
+                f"this network's {part}; accepted: a file of the same"
+            )
         files[part] = {"file": name, "sha256": _sha256(content)}
     card = _card(replace(network, card=_brief(network)), files)
     write_together(folder, contents | {CARD: _readable(card).encode()})
