@@ -224,11 +224,18 @@ def test_a_training_does_not_change_who_composes(
         fitting.fit(model, training, None, 1, 1e-3, latent_likelihood, tmp_path)
 
 
-def test_a_card_names_the_accelerators(monkeypatch):
-    monkeypatch.setattr(on_device, "devices", lambda: ["cpu:0", "gpu:0", "gpu:1"])
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that gives a machine these devices, as TensorFlow lists them."""
+    monkeypatch.setattr(keras.backend, "backend", lambda: "tensorflow")
+    return lambda *names: monkeypatch.setattr(on_device, "devices", lambda: [*names])
+
+
+def test_a_card_names_the_accelerators(machine):
+    machine("cpu:0", "gpu:0", "gpu:1")
     assert on_device.accelerator_names() == ["gpu:0", "gpu:1"]
 
 
-def test_a_processor_alone_is_no_accelerator(monkeypatch):
-    monkeypatch.setattr(on_device, "devices", lambda: ["cpu:0"])
+def test_a_processor_alone_is_no_accelerator(machine):
+    machine("cpu:0")
     assert on_device.accelerators() == len(on_device.accelerator_names()) == 0
