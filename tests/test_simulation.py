@@ -377,3 +377,9 @@ def test_bad_arguments_are_refused(synthetic, change, message):
     arguments = {"n_scenes": 10} | change
     with pytest.raises(ValueError, match=message):
         simulate(synthetic, deblender.survey("lsst"), **arguments)
+
+
+def test_a_split_without_galaxies_is_refused(synthetic, monkeypatch):
+    monkeypatch.setattr(type(synthetic), "split", lambda *_: np.array([], int))
+    with pytest.raises(ValueError, match="'synthetic' of .* none in its split 'test'"):
+        simulate(synthetic, deblender.survey("lsst"), 10, seed=123)

@@ -206,7 +206,7 @@ def test_profile_gives_the_sizes_of_the_paper():
         (["lsst", "--profile", "huge"], "'huge'; accepted: paper, quick"),
         (["lsst", "--catalogue", "/nowhere"], "galsim_download_cosmos"),
         (["sdss"], "invalid choice: 'sdss'"),
-        (["lsst", "--seed", "-1"], "received -1; accepted: 0 or more"),
+        (["lsst", "--seed", "-1"], "received --seed -1; accepted: 0 or more"),
         (["lsst", "--epochs", "0"], "received {'epochs': 0}; accepted: 1 or more"),
         (["lsst-paper", "--calibration", "1"], "accepted: a network without -paper"),
         (["lsst", "--start", "lsst-paper"], "received a paper network for 'lsst'"),

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +45,14 @@ def test_what_is_saved_is_what_is_loaded(network, noisy, tmp_path):
     parts = ("decoder", "encoder", "deblender")
     files = {f"{part}.safetensors" for part in parts} | {weights.CARD}
     assert {f.name for f in (tmp_path / "net").iterdir()} == files
+
+
+def test_a_network_can_be_saved_here(network, tmp_path, monkeypatch):
+    (tmp_path / "net").mkdir()
+    monkeypatch.chdir(tmp_path / "net")
+    weights.save(network, ".")
+    assert deblender.load(tmp_path / "net").survey == network.survey
+    assert weights.checkpoints(Path(".")) == tmp_path / "net.checkpoints"
 
 
 def test_a_decoder_can_be_shared(network, tmp_path):
@@ -156,8 +165,6 @@ def test_a_turned_stamp_gives_the_turned_image_when_seen_from_all_sides(name):
 
 
 def test_several_sides_give_means_of_turned_back_images(network, noisy):
-    from dataclasses import replace
-
     pair = replace(network, sides=2).deblend(noisy, n_samples=2)
     plain = network.deblend(noisy, n_samples=2)
     turned = network.deblend(np.rot90(noisy, axes=(1, 2))).image
@@ -179,8 +186,6 @@ def test_samples_scatter_around_the_mean(network, noisy):
 
 
 def test_no_deblender_yet(network, noisy):
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match="VAE only"):
         replace(network, deblender=None).deblend(noisy)
 

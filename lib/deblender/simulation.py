@@ -235,6 +235,11 @@ def simulate(
     of scenes or galaxies below one, a seed below zero, or a shear of one or more.
     """
     _check(n_scenes, max_galaxies, centring, seed, split, shear)
+    if not len(catalogue.split(split)):
+        raise ValueError(
+            f"received catalogue {catalogue.name!r} of {len(catalogue)} galaxies, none "
+            f"in its split {split!r}; accepted: one with some"
+        )
     task = _Task(
         catalogue=(catalogue.name, catalogue.real, catalogue.digest),
         survey=survey,
@@ -359,11 +364,6 @@ class _Painter:
         self.survey = task.survey
         self.magnitudes = self.catalogue.magnitudes(self.survey)  # (galaxy, band)
         self.split = self.catalogue.split(task.split)
-        if not len(self.split):
-            raise ValueError(
-                f"received catalogue {task.catalogue[0]!r} of {len(self.catalogue)} "
-                f"galaxies, none in its split {task.split!r}; accepted: one with some"
-            )
 
     def arrange(self, scene: int, count: int) -> _Scene:
         """Draw galaxies, rotations and positions of one scene."""

@@ -230,6 +230,8 @@ def _sizes(args: argparse.Namespace, recipe: Recipe) -> Sizes:
         raise ValueError(
             f"--calibration with {args.name}; accepted: a network without -paper"
         )
+    if args.seed < 0:
+        raise ValueError(f"received --seed {args.seed}; accepted: 0 or more")
     sizes = sizes_of(args.profile) if args.profile else Sizes()
     given = {name: getattr(args, name) for name in vars(sizes)}
     given = {name: value for name, value in given.items() if value is not None}
@@ -242,12 +244,6 @@ def _sizes(args: argparse.Namespace, recipe: Recipe) -> Sizes:
             "--calibration and a network to begin with"
         )
     return replace(sizes, **given)
-
-
-def _seed(text: str) -> int:
-    if (seed := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"received {seed}; accepted: 0 or more")
-    return seed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -267,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--start", metavar="NAME", help="network to begin with, not that of the recipe")
     add("--precision", default="float32", choices=PRECISIONS, help="[%(default)s]")
-    add("--seed", type=_seed, default=1, help="of scenes, weights, draws [%(default)s]")
+    add("--seed", type=int, default=1, help="of scenes, weights, draws [%(default)s]")
     return parser
 
 

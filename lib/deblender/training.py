@@ -194,6 +194,12 @@ def train_linear(
     either kind.
     """
     check_start(start, "linear", survey)
+    few = -(-epochs // CALIBRATION) if calibration is None else calibration
+    if not (epochs or few):
+        raise ValueError(
+            "received no epochs of either kind; accepted: one or more, by the "
+            "likelihood or against bias"
+        )
     # Half of it spares what is known; bias is taught at a fraction anyway.
     rate = LINEAR_RATE / 2 if start and epochs else LINEAR_RATE
     train, watched = _both(catalogue, survey, 4, n_train, n_validation, centring, seed)
@@ -201,12 +207,6 @@ def train_linear(
     model, watch = side_by_side(network.deblender), _watch(network, watched)
     swap = {"swap_neighbours": centring == "exact"}
     card = _new_card(catalogue, centring, seed, batch_size, start)
-    few = -(-epochs // CALIBRATION) if calibration is None else calibration
-    if not (epochs or few):
-        raise ValueError(
-            "received no epochs of either kind; accepted: one or more, by the "
-            "likelihood or against bias"
-        )
     stages = (
         ("deblender", EncoderBatches, 1, latent_likelihood, epochs, 1),
         ("calibration", RepeatedBatches, COPIES, calibration_loss, few, GENTLY),

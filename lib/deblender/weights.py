@@ -290,6 +290,7 @@ def lineage(card: dict) -> list[dict]:
 
 def checkpoints(folder: Path) -> Path:
     """Where a training goes on until `save` puts its network into `folder`."""
+    folder = folder.absolute()
     return folder.with_name(f"{folder.name}.checkpoints")
 
 
