@@ -154,10 +154,10 @@ class Checkpoint(keras.callbacks.Callback):
             self._log()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        history = asdict(self.recorder.history)
         if self.best_epoch() == len(self._losses()):
             write_whole(self.best, dump_variables(self.model.weights, {}))
-        state = {"epochs": epoch + 1, "setting": self.setting, "history": history}
+        state = {"epochs": epoch + 1, "setting": self.setting}
+        state |= {"history": asdict(self.recorder.history)}
         state |= {"last_point": self.recorder.last_point}
         write_whole(self.last, dump_variables(self._variables(self.model), state))
         self._log()

@@ -19,6 +19,7 @@ from .evaluation import compare, ellipticity_pairs
 from .files import data_folder
 from .measurement import bootstrap, in_snr_range, mean_slope, percentiles
 from .simulation import MATCH_RADIUS, Scenes
+from .surveys import check_known
 
 OUTLIER = 0.5  # magnitudes off in r, beyond which a galaxy counts as lost
 # What `scarlet2` takes for each morphology, as a search on validation blends advises.
@@ -170,8 +171,7 @@ def scarlet2(
 
     Raises ValueError for an unknown morphology, or scenes of several cameras.
     """
-    if morphology not in FITS:
-        raise ValueError(f"morphology {morphology!r}; accepted: {', '.join(FITS)}")
+    check_known("morphology", morphology, FITS)
     import jax
 
     options = {"size": size, "steps": steps, "settle": settle}

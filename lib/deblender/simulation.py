@@ -234,7 +234,7 @@ def simulate(
     Raises ValueError for an unknown centring or split, one without galaxies, a number
     of scenes or galaxies below one, a seed below zero, or a shear of one or more.
     """
-    _check(n_scenes, max_galaxies, centring, seed, split, shear)
+    _check(n_scenes, max_galaxies, centring, seed, shear)
     if not len(catalogue.split(split)):
         raise ValueError(
             f"received catalogue {catalogue.name!r} of {len(catalogue)} galaxies, none "
@@ -257,10 +257,9 @@ def simulate(
 
 
 def _check(
-    n_scenes: int, max_galaxies: int, centring: str, seed: int, split: str, shear: tuple
+    n_scenes: int, max_galaxies: int, centring: str, seed: int, shear: tuple
 ) -> None:
     check_known("centring", centring, CENTRINGS)
-    check_known("split", split, SPLITS)
     if n_scenes < 1 or max_galaxies < 1 or seed < 0:
         raise ValueError(
             f"received n_scenes={n_scenes}, max_galaxies={max_galaxies}, seed={seed}; "

@@ -319,10 +319,8 @@ def save(
     for part in PARTS:
         if getattr(network, part) is None:
             continue
-        name, content = (
-            share.get(part, f"{part}.safetensors"),
-            _dump(_own(network, part)),
-        )
+        name = share.get(part, f"{part}.safetensors")
+        content = _dump(_own(network, part))
         if part not in share:
             contents[name] = content
         elif (folder / name).read_bytes() != content:
